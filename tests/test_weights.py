@@ -1,0 +1,474 @@
+"""Weights are found or refused, downloads are whole or absent, and a file fits the model exactly."""
+
+import argparse
+import hashlib
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from trainer import weights as weights_module
+from trainer.backbones import model_names
+from trainer.errors import DataError, UsageError
+from trainer.weights import Source, fetch_weights, find_enum, load_backbone_state
+
+WAYS_ON = ("--weights FILE", "--weights URL", "--weights none")
+
+
+class FileServer(ThreadingHTTPServer):
+    """Serves `files` (name to bytes) on a free port, and writes down what was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), FileHandler)
+        self.files: dict[str, bytes] = {}
+        self.asked: list[str] = []
+        self.closing = threading.Event()
+        self.cut = 0  # bytes at the end of every file that are promised, and not sent
+        self.silent = False  # take the request and never answer
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{name}"
+
+
+class FileHandler(BaseHTTPRequestHandler):
+    server: FileServer
+
+    def do_GET(self) -> None:
+        name = self.path.lstrip("/").partition("?")[0]
+        self.server.asked.append(name)
+        if self.server.silent:
+            self.server.closing.wait(30)
+        elif name not in self.server.files:
+            self.send_error(404)
+        else:
+            body = self.server.files[name]
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) - self.server.cut])
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server() -> Iterator[FileServer]:
+    with FileServer() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.closing.set()
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """torch.hub's folder for downloads: a new one for each test, not there yet."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    return tmp_path / "torch_home" / "hub" / "checkpoints"
+
+
+@pytest.fixture
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    parts = {"conv": nn.Conv2d(3, 4, 3, bias=False), "bn": nn.BatchNorm2d(4), "fc": nn.Linear(4, 5)}
+    return nn.Sequential(torch.nn.modules.container.OrderedDict(parts))
+
+
+def other_values(net: nn.Module) -> dict[str, Tensor]:
+    """A state dict for `net` in which nothing equals what `net` holds."""
+    return {name: value + 1 + torch.rand(value.shape).to(value.dtype) for name, value in net.state_dict().items()}
+
+
+def write(path: Path, content: object) -> Path:
+    save = safetensors.torch.save_file if path.suffix == ".safetensors" else torch.save
+    save(content, path)
+    return path
+
+
+def load(net: nn.Module, path: Path, *, fresh: tuple[str, ...] = ()) -> None:
+    load_backbone_state(net, Source(path, {}), fresh=fresh)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> bytes:
+    """Bytes of a small state dict."""
+    return write(tmp_path / "small.pth", {"fc.weight": torch.arange(3000.0)}).read_bytes()
+
+
+def files_below(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+# ---------------------------------------------------------------------------------------------- which weights are meant
+
+
+@pytest.mark.parametrize(
+    ("weights", "name"),
+    [
+        ("default", "IMAGENET1K_V2"),
+        ("IMAGENET1K_V1", "IMAGENET1K_V1"),
+        ("imagenet1k_v1", "IMAGENET1K_V1"),
+        ("ResNet50_Weights.IMAGENET1K_V1", "IMAGENET1K_V1"),
+        ("ResNet50_Weights.DEFAULT", "IMAGENET1K_V2"),
+    ],
+)
+def test_names_of_torchvision_weights(weights, name):
+    assert find_enum("resnet50", weights) is models.ResNet50_Weights[name]
+
+
+@pytest.mark.parametrize(
+    ("model", "weights", "listed"),
+    [
+        ("resnet50", "IMAGENET1K_V9", "default, none, IMAGENET1K_V1, IMAGENET1K_V2"),
+        ("resnet50", "ResNet18_Weights.IMAGENET1K_V1", "IMAGENET1K_V2"),  # another model's
+        ("resnet18", "not-here.pth", "neither a file"),
+        ("resnet18", ".", "neither a file"),
+        ("resnet18", "s3://bucket/resnet18.pth", "http, https or file URL"),
+        ("vgg16", "IMAGENET1K_FEATURES", "default, none, IMAGENET1K_V1"),  # no classifier in it
+    ],
+)
+def test_unknown_weights_are_a_usage_error(model, weights, listed):
+    with pytest.raises(UsageError, match=re.escape(listed)) as error:
+        fetch_weights(model, weights)
+    assert repr(weights) in str(error.value)
+
+
+def test_none_means_random_features():
+    assert fetch_weights("resnet18", "none") == Source(None, {"source": "random"})
+
+
+def test_every_torchvision_url_carries_a_hash_to_verify():
+    for model in model_names():
+        for enum in models.get_model_weights(model):
+            assert weights_module._HASH.search(enum.url), enum
+
+
+def test_a_file_is_found_again_from_another_folder(tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    source = fetch_weights("resnet18", "small.pth")
+    path = tmp_path / "small.pth"
+    assert source == Source(path, {"source": "file", "path": str(path), "sha256": sha256(content)})
+
+
+# ---------------------------------------------------------------------------------------------------------- downloading
+
+
+def test_torchvisions_own_weights_are_downloaded_once(server, cache, monkeypatch, content):
+    enum, name = models.SqueezeNet1_1_Weights.IMAGENET1K_V1, f"squeezenet1_1-{sha256(content)[:8]}.pth"
+    monkeypatch.setattr(enum.value, "url", server.url(name))
+    server.files[name] = content
+    source = fetch_weights("squeezenet1_1", "default")
+    assert source.path == cache / name  # where torch.hub looks too
+    assert source.path.read_bytes() == content
+    assert source.enum is enum
+    assert source.base == {
+        "source": "torchvision",
+        "weights": "SqueezeNet1_1_Weights.IMAGENET1K_V1",
+        "url": server.url(name),
+        "sha256": sha256(content),
+    }
+    assert fetch_weights("squeezenet1_1", source.base["weights"]) == source
+    assert server.asked == [name]
+
+
+def test_a_url_without_a_hash_is_taken_and_its_hash_recorded(server, cache, content):
+    server.files["model.pth"] = content
+    source = fetch_weights("resnet18", server.url("model.pth"))
+    assert source.base == {"source": "url", "url": server.url("model.pth"), "sha256": sha256(content)}
+    assert fetch_weights("resnet18", server.url("model.pth")) == source
+    assert server.asked == ["model.pth"]
+    assert files_below(cache) == [source.path]
+
+
+def test_equal_names_of_two_urls_are_two_files(server, tmp_path, content):
+    server.files["a/model.pth"] = content
+    server.files["b/model.pth"] = write(tmp_path / "b.pth", {"fc.weight": torch.zeros(7)}).read_bytes()
+    a, b = (fetch_weights("resnet18", server.url(f"{folder}/model.pth")) for folder in "ab")
+    assert a.path.read_bytes() == server.files["a/model.pth"]
+    assert b.path.read_bytes() == server.files["b/model.pth"]
+
+
+@pytest.mark.parametrize("name", ["small.pth", "small.safetensors"])
+def test_file_urls_and_url_queries(tmp_path, name):
+    path = write(tmp_path / name, {"fc.weight": torch.zeros(3)})
+    source = fetch_weights("resnet18", path.as_uri())
+    assert source.base["source"] == "url"
+    assert source.path.suffix == path.suffix  # says how to read it
+    assert source.path.read_bytes() == path.read_bytes()
+
+
+def test_the_suffix_of_a_url_ends_at_its_query(server, tmp_path):
+    server.files["m.safetensors"] = write(tmp_path / "m.safetensors", {"fc.weight": torch.zeros(3)}).read_bytes()
+    assert fetch_weights("resnet18", server.url("m.safetensors?download=true")).path.suffix == ".safetensors"
+
+
+@pytest.mark.parametrize("cut", [0, 1000], ids=["other content", "cut off"])
+def test_a_download_that_does_not_match_its_hash_leaves_nothing(server, cache, content, cut):
+    name = f"model-{'0123abcd' if not cut else sha256(content)[:8]}.pth"
+    server.files[name], server.cut = content, cut
+    with pytest.raises(DataError, match="invalid hash") as error:
+        fetch_weights("resnet18", server.url(name))
+    assert all(way in str(error.value) for way in WAYS_ON)
+    assert files_below(cache) == []
+
+
+@pytest.mark.parametrize("name", ["model.pth", "model.safetensors"])
+def test_a_download_without_hash_that_was_cut_off_leaves_nothing(server, cache, tmp_path, name):
+    server.files[name] = write(tmp_path / name, {"fc.weight": torch.arange(3000.0)}).read_bytes()
+    server.cut = 1000
+    with pytest.raises(DataError, match="cannot download") as error:
+        fetch_weights("resnet18", server.url(name))
+    assert all(way in str(error.value) for way in WAYS_ON)
+    assert files_below(cache) == []
+    server.cut = 0
+    assert fetch_weights("resnet18", server.url(name)).path.read_bytes() == server.files[name]
+
+
+def test_a_page_that_is_not_there(server, cache):
+    with pytest.raises(DataError, match="HTTP Error 404") as error:
+        fetch_weights("resnet18", server.url("missing.pth"))
+    assert all(way in str(error.value) for way in WAYS_ON)
+    assert files_below(cache) == []
+
+
+def test_nobody_listening():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(DataError, match="Connection refused") as error:
+        fetch_weights("resnet18", f"http://127.0.0.1:{port}/model-0123abcd.pth")
+    assert all(way in str(error.value) for way in WAYS_ON)
+
+
+def test_a_silent_server_is_given_up(server, monkeypatch):
+    server.silent = True
+    monkeypatch.setattr(weights_module, "_TIMEOUT", 0.1)
+    with pytest.raises(DataError, match="timed out"):
+        fetch_weights("resnet18", server.url("model-0123abcd.pth"))
+    assert socket.getdefaulttimeout() is None  # the process's own default is back
+
+
+@pytest.mark.parametrize("url", ["http://[broken/model.pth", "http:///model.pth", "http://127.0.0.1:port/model.pth"])
+def test_a_malformed_url(url):
+    with pytest.raises(DataError, match="cannot download"):
+        fetch_weights("resnet18", url)
+
+
+def test_a_cache_folder_that_cannot_be_made(server, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    with pytest.raises(DataError, match="Not a directory"):
+        fetch_weights("resnet18", server.url("model-0123abcd.pth"))
+
+
+def test_a_cached_file_that_was_altered_is_refused(server, content):
+    name = f"model-{sha256(content)[:8]}.pth"
+    server.files[name] = content
+    path = fetch_weights("resnet18", server.url(name)).path
+    altered = bytearray(content)
+    altered[len(altered) // 2] ^= 1  # one bit: torch.load would not notice
+    path.write_bytes(altered)
+    with pytest.raises(DataError, match="delete it") as error:
+        fetch_weights("resnet18", server.url(name))
+    assert all(text in str(error.value) for text in (str(path), sha256(content)[:8], sha256(altered)))
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize("override", ["0", "1"], ids=["", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"])
+def test_code_in_a_file_is_not_run(net, tmp_path, monkeypatch, override):
+    class Code:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", override)
+    path = write(tmp_path / "code.pth", {"conv.weight": Code()})
+    with pytest.raises(DataError, match="posix.system") as error:
+        load(net, path)
+    assert not (tmp_path / "ran").exists()
+    assert "weights_only" not in str(error.value)  # torch's advice to switch the protection off
+
+
+def half_of(path: Path) -> bytes:
+    content = path.read_bytes()
+    return content[: len(content) // 2]
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize(
+    "damage", [lambda _: b"", lambda _: b"<!DOCTYPE html>" * 99, half_of], ids=["0", "html", "half"]
+)
+def test_damaged_files_are_named(net, tmp_path, suffix, damage):
+    path = write(tmp_path / f"damaged{suffix}", net.state_dict())
+    path.write_bytes(damage(path))
+    with pytest.raises(DataError, match=f"cannot read {re.escape(str(path))} as weights: ") as error:
+        load(net, path)
+    assert "\n" not in str(error.value)  # errors are printed as one line
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "found"), [([1, 2], "list"), ({"epoch": 3, "net": {}}, "epoch, net"), (torch.zeros(3), "Tensor")]
+)
+def test_files_that_hold_something_else(net, tmp_path, content, found):
+    with pytest.raises(DataError, match=f"not a state dict.*{found}"):
+        load(net, write(tmp_path / "other.pth", content))
+
+
+@pytest.mark.parametrize("name", ["plain.pt", "plain.safetensors", "zipped.pth", "legacy.pth"])
+def test_formats(net, tmp_path, name):
+    state = other_values(net)
+    path = tmp_path / name
+    if name == "legacy.pth":  # before PyTorch 1.6, as torchvision's older files
+        torch.save(state, path, _use_new_zipfile_serialization=False)
+    else:
+        write(path, state)
+    load(net, path)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model": state, "optimizer": {}, "args": argparse.Namespace(lr=0.1)},  # torchvision's references
+        lambda state: {"model": {"state_dict": state}, "epoch": 3} and {"state_dict": {"model": state}},
+        lambda state: {f"module.{k}": v for k, v in state.items()},
+        lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
+        lambda state: {k.replace("conv.", "conv._orig_mod."): v for k, v in state.items()},
+        lambda state: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in state.items()},
+    ],
+    ids=["state_dict", "reference script", "both", "DataParallel", "compiled DDP", "compiled part", "parameters"],
+)
+def test_wrappings_are_taken_off(net, tmp_path, wrap):
+    state = other_values(net)
+    load(net, write(tmp_path / "wrapped.pth", wrap(state)))
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+# ------------------------------------------------------------------------------------------------- matching to the model
+
+
+@pytest.mark.parametrize(
+    ("change", "report"),
+    [
+        (lambda s: s.pop("conv.weight"), "1 missing (conv.weight)"),
+        (lambda s: s.pop("bn.running_var"), "1 missing (bn.running_var)"),  # a buffer
+        (lambda s: s.update({"conv.bias": torch.zeros(4)}), "1 unexpected (conv.bias)"),
+        (lambda s: s.update({"bn.bias": torch.zeros(1)}), "1 of another shape (bn.bias [1], not [4])"),
+        (lambda s: s["bn.weight"].fill_(float("nan")), "1 not finite (bn.weight)"),
+        (
+            lambda s: s.update({f"x{i}": torch.zeros(1) for i in range(9)}),
+            "9 unexpected (x0, x1, x2, x3, x4, x5, x6, x7,",
+        ),
+        (lambda s: s.update({"bn.b": s.pop("bn.bias")}), "1 missing (bn.bias); 1 unexpected (bn.b)"),
+    ],
+)
+def test_a_file_that_does_not_fit_is_refused_and_changes_nothing(net, tmp_path, change, report):
+    state = other_values(net)
+    change(state)
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    path = write(tmp_path / "misfit.pth", state)
+    with pytest.raises(DataError, match=re.escape(report)) as error:
+        load(net, path)
+    assert str(path) in str(error.value)
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+@pytest.mark.parametrize("in_file", ["nothing", "another shape", "the same shape"])
+def test_the_head_is_left_alone(net, tmp_path, in_file):
+    state = other_values(net)
+    before = net.fc.weight.clone()
+    if in_file == "nothing":
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    elif in_file == "another shape":
+        state["fc.weight"] = torch.zeros(1000, 4)
+    load(net, write(tmp_path / "x.pth", state), fresh=("fc",))
+    assert torch.equal(net.fc.weight, before)
+    assert torch.equal(net.conv.weight, state["conv.weight"])
+
+
+def test_leaving_fc_alone_does_not_leave_fc2_alone(tmp_path):
+    net = nn.ModuleDict({"fc": nn.Linear(2, 2), "fc2": nn.Linear(2, 2)})
+    state = other_values(net)
+    load(net, write(tmp_path / "x.pth", state), fresh=("fc",))
+    assert torch.equal(net["fc2"].weight, state["fc2.weight"])
+
+
+def test_old_files_lack_num_batches_tracked(net, tmp_path):
+    state = other_values(net)
+    del state["bn.num_batches_tracked"]
+    load(net, write(tmp_path / "old.pth", state))
+    assert torch.equal(net.bn.running_mean, state["bn.running_mean"])
+    assert net.bn.num_batches_tracked == 0
+
+
+def test_loaded_tensors_have_the_models_dtype_and_their_own_memory(net, tmp_path):
+    state = {key: value.half() if value.is_floating_point() else value for key, value in other_values(net).items()}
+    state["bn.bias"] = state["bn.weight"]  # saved as one
+    load(net, write(tmp_path / "half.pth", state))
+    assert {value.dtype for value in net.parameters()} == {torch.float32}
+    assert net.bn.bias.data_ptr() != net.bn.weight.data_ptr()
+    assert torch.equal(net.conv.weight, state["conv.weight"].float())
+    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_names_of_old_densenet_files(tmp_path):
+    net = models.DenseNet(growth_rate=4, block_config=(2, 2), num_init_features=8, num_classes=3)
+    state = other_values(net)
+    old = {re.sub(r"(denselayer\d\.(?:norm|conv))(\d)", r"\1.\2", key): value for key, value in state.items()}
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    load(net, write(tmp_path / "densenet.pth", old))
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def small_vit(image_size: int) -> nn.Module:
+    return models.VisionTransformer(image_size, patch_size=16, num_layers=2, num_heads=2, hidden_dim=8, mlp_dim=16)
+
+
+def test_names_of_old_vit_files(tmp_path):
+    net, same = small_vit(32), small_vit(32)
+    old = {
+        key.replace("mlp.0", "mlp.linear_1").replace("mlp.3", "mlp.linear_2"): value
+        for key, value in other_values(net).items()
+    }
+    assert len({key for key in old if ".linear_" in key}) == 8
+    load(net, write(tmp_path / "vit.pth", old))
+    same.load_state_dict(old)  # torchvision's own translation
+    for key, value in net.state_dict().items():
+        assert torch.equal(value, same.state_dict()[key]), key
+
+
+def test_a_vit_of_another_image_size_is_recognised(tmp_path):
+    path = write(tmp_path / "vit.pth", small_vit(64).state_dict())
+    with pytest.raises(DataError, match=r"another image size\?.*pos_embedding \[1, 17, 8\], not \[1, 5, 8\]"):
+        load(small_vit(32), path)
+
+
+def test_mnasnet_loads_without_the_version_it_insists_on(tmp_path):
+    net = models.mnasnet0_5()
+    state = other_values(net)
+    with pytest.raises(ValueError, match="version"):
+        models.mnasnet0_5().load_state_dict(state)
+    load(net, write(tmp_path / "mnasnet.safetensors", state))
+    assert torch.equal(net.layers[0].weight, state["layers.0.weight"])

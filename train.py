@@ -1,0 +1,103 @@
+"""Fine-tune a torchvision backbone.
+
+accelerate launch --config_file accelerate_configs/cpu.yaml train.py                     # the built-in demo
+accelerate launch --config_file accelerate_configs/gpu.yaml train.py --data ~/photos --model resnet50
+accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --data ~/photos --train head layer4
+accelerate launch --config_file accelerate_configs/gpu.yaml train.py --data ~/photos --model resnet50 --resume auto
+"""
+
+import sys
+from functools import partial
+
+import trainer
+from trainer.config import Config, default_name, parse, to_dict
+
+
+def main(config: Config) -> None:
+    data, model, optim, run = config.data, config.model, config.optim, config.run
+    accelerator, say = trainer.start(), trainer.say
+
+    # Where the run lives, and where it starts: at the checkpoint --resume names, at the newest one, or afresh.
+    choose = partial(trainer.open_run, run.output, run.resume, default_name(config), overwrite=run.overwrite)
+    folder = trainer.from_main(accelerator, choose)
+
+    # Data and model: one process downloads, then the others find it done.
+    load = partial(trainer.load_data, data.data, val_fraction=data.val_fraction, seed=run.seed, root=data.data_root)
+    train_images, val_images = trainer.in_turn(accelerator, load)
+    classes = list(train_images.classes)
+    build = partial(trainer.build_model, model.name, len(classes), weights=model.weights, image_size=data.image_size)
+    backbone = trainer.in_turn(accelerator, partial(build, seed=run.seed))
+    network, spec = backbone.model.to(accelerator.device), backbone.input
+    model.weights = backbone.base.get("weights", model.weights)  # by name: "default" may be another one next year
+
+    # Images are uint8 until they are on the device, where they are normalised.
+    shape = {"size": spec.size, "resize": spec.resize, "interpolation": __import__("torchvision").transforms.InterpolationMode(spec.interpolation)}
+    augment = trainer.train_transform(data.augment, **shape)
+    train_set = trainer.KeyedDataset(train_images, train_images.labels, augment, seed=run.seed)
+    val_set = trainer.KeyedDataset(val_images, val_images.labels, trainer.eval_transform(**shape), seed=run.seed)
+    normalize = trainer.Normalize(spec.mean, spec.std).to(accelerator.device)
+
+    # Freeze, then cut: the trunk runs in eval mode, outside autograd; the tail is what is trained, saved and resumed.
+    freeze_plan = trainer.freeze(network, model.train, head=backbone.head)
+    parts = trainer.split_model(network, normalize(val_set[0, 0]["image"][None].to(accelerator.device)))
+    plan = trainer.BatchPlan(len(train_set), optim.batch_size, optim.micro_batch, accelerator.num_processes)
+    say(f"data    {data.data}: {len(train_set):,} training, {len(val_set):,} validation images, {len(classes)} classes")
+    say(f"model   {model.name} at {spec.size} px, {backbone.base}")
+    say(f"train   {freeze_plan}", f"split   {parts}", f"batch   {plan}", f"run     {folder.path}")
+
+    settings = {"lr": optim.lr, "weight_decay": optim.weight_decay, "momentum": optim.momentum}
+    loop = trainer.Trainer(
+        accelerator,
+        network,
+        parts.tail,
+        trainer.build_optimizer(network, optim.optimizer, **settings),
+        plan=plan,
+        lr=partial(trainer.learning_rate, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup),
+        epochs=optim.epochs,
+        step=trainer.classification(label_smoothing=optim.label_smoothing),
+        clip_norm=optim.clip_norm,
+        seed=run.seed,
+        about={
+            "freeze_plan": freeze_plan.to_dict(),
+            "classes": classes,
+            "base": backbone.base,
+            "config": to_dict(config),
+        },
+    )
+    if folder.source is not None:
+        loop.load(folder.source)
+        say(f"resume  {folder.source}: epoch {loop.epoch} of {optim.epochs} done, step {loop.step}")
+    if loop.epoch >= optim.epochs:
+        say("finished already: nothing to train. Give more --epochs, or start a new run with another --output.")
+        return
+    trainer.from_main(accelerator, partial(folder.begin, to_dict(config)))
+
+    # Features. The trunk's output is a function of the image alone: what is not augmented goes through it once.
+    workers = trainer.cores_per_process(accelerator) if data.workers is None else data.workers
+    through = partial(trainer.Stream, trunk=parts.trunk, normalize=normalize, accelerator=accelerator, workers=workers)
+    train, val = through(train_set), through(val_set)
+    if parts.has_trunk:
+        val = trainer.keep(val, plan, limit=run.cache_memory, name="val")
+        train = trainer.keep(train, plan, limit=run.cache_memory, name="train") if data.augment == "none" else train
+
+    logs = trainer.Logs(accelerator, folder.path, epochs=optim.epochs, step=loop.step)
+    for _ in range(loop.epoch, optim.epochs):
+        logs.start_epoch(loop)
+        train_means = loop.train_epoch(train, after_step=logs.after_step)
+        val_means = loop.evaluate(val)
+        best = val_means["accuracy"] > loop.metrics.get("best", {"accuracy": -1.0})["accuracy"]
+        loop.metrics = {"train": train_means, "val": val_means, "best": val_means if best else loop.metrics["best"]}
+        logs.end_epoch(loop, best=best)
+        if best:
+            logs.show_predictions(loop, val, val_set, classes)
+        loop.save(folder.checkpoints, best=best, keep=run.keep)
+    logs.close()
+    say(f"done: best validation accuracy {loop.metrics['best']['accuracy']:.2%}; {folder.checkpoints / 'best.pt'}")
+
+
+if __name__ == "__main__":
+    settings = parse(__doc__)  # before torch is imported: --help answers at once
+    try:
+        main(settings)
+    except (ValueError, OSError, trainer.Elsewhere) as error:
+        sys.exit(trainer.fail(error))

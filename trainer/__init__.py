@@ -1,0 +1,47 @@
+"""Fine-tune torchvision backbones with Accelerate: frozen trunk, live tail, exact resume.
+
+The names below are the public interface. They are imported when first used, so that `import trainer`, and with it
+`train.py --help`, does not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.backbones import Backbone, InputSpec, build_model, model_names
+    from trainer.data import Normalize, eval_transform, load_data, train_transform
+    from trainer.errors import CheckpointError, DataError, NumericalError, UsageError
+    from trainer.features import Kept, Stream, keep
+    from trainer.freezing import FreezePlan, fingerprint, freeze, frozen_tensors, trained_tensors
+    from trainer.logs import Logs
+    from trainer.optim import build_optimizer, learning_rate
+    from trainer.processes import Elsewhere, cores_per_process, fail, from_main, in_turn, say, start
+    from trainer.run import RunFolder, open_run
+    from trainer.sampling import BatchPlan, KeyedDataset
+    from trainer.split import Split, split_model
+    from trainer.steps import classification
+    from trainer.trainer import Trainer
+
+_HOME = {
+    "backbones": ("Backbone", "InputSpec", "build_model", "model_names"),
+    "data": ("Normalize", "eval_transform", "load_data", "train_transform"),
+    "errors": ("CheckpointError", "DataError", "NumericalError", "UsageError"),
+    "features": ("Kept", "Stream", "keep"),
+    "freezing": ("FreezePlan", "fingerprint", "freeze", "frozen_tensors", "trained_tensors"),
+    "logs": ("Logs",),
+    "optim": ("build_optimizer", "learning_rate"),
+    "processes": ("Elsewhere", "cores_per_process", "fail", "from_main", "in_turn", "say", "start"),
+    "run": ("RunFolder", "open_run"),
+    "sampling": ("BatchPlan", "KeyedDataset"),
+    "split": ("Split", "split_model"),
+    "steps": ("classification",),
+    "trainer": ("Trainer",),
+}
+_MODULE = {name: module for module, names in _HOME.items() for name in names}
+__all__ = sorted(_MODULE)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)

@@ -1,0 +1,225 @@
+"""Build any torchvision classifier, find and replace its head.
+
+    backbone = build_model("resnet50", 10)  # torchvision's recommended weights, a new head of 10 classes
+    backbone.head  # ("fc",)
+    backbone.input  # InputSpec(size=224, resize=232, ...): what its images must look like
+
+There is no table of heads: the head is the layer with as many outputs as the model has classes. A module of your own
+gets its new head in the same way: `build_model(MyNet(), 10, head="classifier")`.
+"""
+
+import difflib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torchvision import models
+from torchvision.models import WeightsEnum
+
+from trainer.errors import UsageError
+from trainer.weights import fetch_weights, find_enum, load_backbone_state
+
+__all__ = ["Backbone", "InputSpec", "build_model", "model_names"]
+
+_BUILT_CLASSES = 1000  # what every torchvision builder gives unasked: the layers with so many outputs are the heads
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the images must look like before the model sees them.
+
+    size: side of the square crop, pixels.
+    resize: shorter side before the centre crop, pixels.
+    mean, std: per channel (RGB), of values in [0, 1].
+    interpolation: "bilinear" or "bicubic".
+    """
+
+    size: int
+    resize: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+
+
+@dataclass
+class Backbone:
+    """A classifier: pretrained (or random) features under a head for the classes at hand.
+
+    model: images [B, 3, size, size] to logits [B, num_classes], in train mode as in eval mode.
+    head: names of the head's modules, for example ("fc",).
+    input: what the images must look like.
+    base: plain values that say where the frozen weights come from and find them again, one of
+        {"source": "torchvision", "weights": "ResNet18_Weights.IMAGENET1K_V1", "url": ..., "sha256": ...}
+        {"source": "file", "path": ..., "sha256": ...}
+        {"source": "url", "url": ..., "sha256": ...}
+        {"source": "random", "seed": ...}
+        {"source": "module"}: they came with the module that was passed in
+    """
+
+    model: nn.Module
+    head: tuple[str, ...]
+    input: InputSpec
+    base: dict[str, str | int]
+
+
+def model_names() -> list[str]:
+    """Names of torchvision's classification models, sorted; nothing else is ever built from a name."""
+    return models.list_models(module=models)
+
+
+def build_model(
+    model: str | nn.Module,
+    num_classes: int,
+    *,
+    weights: str = "default",
+    head: str | None = None,
+    image_size: int | None = None,
+    seed: int = 0,
+) -> Backbone:
+    """Build a classifier of `num_classes` classes on pretrained features.
+
+    model: a name from `model_names()`, or a module that maps images [B, 3, H, W] to logits.
+    weights: where the features come from, see `trainer.weights`. A module is taken as it is.
+    head: name of the last layer, a Linear or an ungrouped Conv2d. Needed for a module, known for a name.
+    image_size: crop side, pixels. Default: what the weights were evaluated at (for a module 224); the side before the
+        crop keeps its ratio to it. vit and maxvit have it built in, and with pretrained weights take only theirs.
+    seed: of the head's values and of random features: the same on any device, whatever else is built or loaded.
+
+    The new head has torch's default initialisation in every family (torchvision's own differ: zeros in vit, narrow
+    normals in others). A module's head stays as it is if it has `num_classes` outputs already. The model ends up on
+    torch's default device, a module where it was; under `torch.device("meta")` even the largest costs next to nothing.
+    The global random state is left as it was.
+
+    Raises UsageError for an argument that cannot be, DataError for weights that cannot be used.
+    """
+    if num_classes < 2:
+        raise UsageError(f"num_classes is {num_classes}: a classifier needs at least 2 classes")
+    if isinstance(model, nn.Module):
+        return _adapt_module(model, num_classes, weights=weights, head=head, image_size=image_size, seed=seed)
+    if model not in model_names():
+        close = ", ".join(difflib.get_close_matches(str(model).lower(), model_names(), n=5, cutoff=0))
+        raise UsageError(f"there is no model {model!r} among torchvision's classifiers; closest: {close}")
+
+    enum = find_enum(model, weights)
+    spec = _input_spec(model, enum, image_size)  # before the download: a wrong size should not cost one
+    source = fetch_weights(model, weights)
+    pretrained = source.path is not None
+
+    device = torch.get_default_device()
+    # Random values that the file overwrites, or that a meta tensor cannot hold, are not drawn: it would take seconds.
+    unset = init_empty_weights(include_buffers=False) if pretrained or device.type == "meta" else nullcontext()
+    with _seeded(seed, "base"), unset:
+        net = _construct(model, spec.size, pretrained)
+    *auxiliary, main = (name for name, layer in net.named_modules() if _outputs(layer) == _BUILT_CLASSES)
+    if head not in (None, main):
+        raise UsageError(f"the head of {model} is {main!r}, not {head!r}")
+    branches = [name.rpartition(".")[0] for name in auxiliary]
+    if pretrained:
+        load_backbone_state(net, source, fresh=(main, *branches))
+
+    with _seeded(seed, "head"):
+        _replace(net, main, num_classes, "cpu")
+        for name, branch in zip(auxiliary, branches, strict=True):
+            # The second classifiers of googlenet and inception_v3. Not every file has them, so all get new values.
+            for part in net.get_submodule(branch).to_empty(device="cpu").modules():
+                if hasattr(part, "reset_parameters"):
+                    part.reset_parameters()
+            _replace(net, name, num_classes, "cpu")
+            net.aux_logits = False  # they would train nothing but themselves, and make a tuple of the output
+    base = source.base if pretrained else source.base | {"seed": seed}
+    return Backbone(net.to(device), (main,), spec, base)
+
+
+def _input_spec(model: str, enum: WeightsEnum | None, image_size: int | None) -> InputSpec:
+    """What torchvision's preset for the weights says; for weights not its own, the preset of its recommended ones."""
+    meta = enum or models.get_model_weights(model).DEFAULT
+    preset = meta.transforms()
+    native = preset.crop_size[0]
+    size = native if image_size is None else image_size
+    built_in = _has_built_in_size(model)
+    if enum and built_in and size != native:
+        raise UsageError(f"image_size is {size}, but {enum} takes images of {native} pixels and no others")
+    if size < (smallest := 1 if built_in else max(meta.meta["min_size"])):
+        raise UsageError(f"image_size is {size}, but {model} needs at least {smallest} pixels")
+    resize = round(size * preset.resize_size[0] / native)
+    return InputSpec(size, resize, tuple(preset.mean), tuple(preset.std), preset.interpolation.value)
+
+
+def _has_built_in_size(model: str) -> bool:
+    return model.startswith(("vit_", "maxvit_"))
+
+
+def _construct(model: str, size: int, pretrained: bool) -> nn.Module:
+    """The model as torchvision's own builder makes it before it loads pretrained weights, or without any."""
+    kwargs = {}
+    if model in ("googlenet", "inception_v3"):
+        # Their weights want inputs scaled to [-1, 1], which the model then does itself. init_weights is the default,
+        # given because they warn when it is not.
+        kwargs = {"transform_input": pretrained, "init_weights": True}
+    elif _has_built_in_size(model):
+        kwargs = {"image_size": size} if model.startswith("vit_") else {"input_size": (size, size)}
+    try:
+        return models.get_model(model, weights=None, **kwargs)
+    except (AssertionError, ValueError) as error:
+        if not _has_built_in_size(model):
+            raise
+        raise UsageError(f"{model} cannot be built for images of {size} pixels: {error}") from error
+
+
+def _adapt_module(
+    model: nn.Module, num_classes: int, *, weights: str, head: str | None, image_size: int | None, seed: int
+) -> Backbone:
+    if weights not in ("default", "none"):
+        raise UsageError(f"weights {weights!r}: a module is used as it is; load them into it first")
+    modules = dict(model.named_modules())
+    outputs = _outputs(modules.get(head))
+    if not head or outputs is None:
+        found = type(modules[head]).__name__ if head in modules else "no module of that name"
+        names = ", ".join([name for name, layer in modules.items() if name and _outputs(layer)][-8:])
+        raise UsageError(
+            f"head {head!r} of {type(model).__name__}: expected a Linear or ungrouped Conv2d layer, found {found};"
+            f" candidates, the last ones: {names or 'none'}"
+        )
+    size = 224 if image_size is None else image_size
+    if size < 1:
+        raise UsageError(f"image_size is {size}: expected at least 1 pixel")
+    if outputs != num_classes:
+        with _seeded(seed, "head"):
+            _replace(model, head, num_classes, modules[head].weight.device)
+    spec = InputSpec(size, round(size * 256 / 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225), "bilinear")
+    return Backbone(model, (head,), spec, {"source": "module"})
+
+
+@contextmanager
+def _seeded(seed: int, purpose: str) -> Iterator[None]:
+    """Draw on the CPU, from a stream of its own for each `seed` and `purpose`; then put the global generator back.
+
+    Only the CPU's generator is seeded: `torch.manual_seed` would reseed every GPU's, and nothing would put those back.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
+        yield
+
+
+def _outputs(layer: nn.Module | None) -> int | None:
+    """Outputs of a layer that could be a head; None if it could not."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    return layer.out_channels if isinstance(layer, nn.Conv2d) and layer.groups == 1 else None
+
+
+def _replace(model: nn.Module, name: str, num_classes: int, device: torch.device | str) -> None:
+    """Put a new layer of `num_classes` outputs in the place of `name`: same kind, kernel, dtype, bias or no bias."""
+    old, bias = model.get_submodule(name), model.get_submodule(name).bias is not None
+    if isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, num_classes, bias=bias)
+    else:  # squeezenet classifies every position, then averages
+        shape = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        new = nn.Conv2d(old.in_channels, num_classes, bias=bias, **shape)
+    if getattr(model, "num_classes", None) == _outputs(old):  # kept by squeezenet, vit, swin and mnasnet
+        model.num_classes = num_classes
+    model.set_submodule(name, new.to(device, old.weight.dtype))

@@ -1,0 +1,236 @@
+"""What is in a checkpoint file; write it, verify it, read it, find it, prune it.
+
+A checkpoint is one file, `step-00000120.pt`: a plain `torch.save` zip of plain types, followed by a trailer that torch
+ignores and `read` checks:
+
+    zip archive │ magic, 8 bytes │ length of the archive, uint64 little-endian │ sha256 of the archive, 32 bytes
+
+One file means one rename, and one rename means that a reader sees the old file or the new one, never half of one.
+"Newest" is what has the highest step among the files that verify; there is no pointer to keep true.
+"""
+
+import hashlib
+import io
+import logging
+import os
+import re
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import CheckpointError
+
+FORMAT = 1
+_MAGIC = b"AFTCKPT\x01"
+_TRAILER = struct.Struct("<8sQ32s")
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+
+# What `read` returns and `write` takes; `Trainer.save` fills it.
+#   format       this file's version, an integer
+#   model        {name: tensor}: trainable parameters and the buffers that training can change, by the model's own names
+#   optimizer    {"kind": "AdamW", "state": {parameter name: {"exp_avg": tensor, ...}}}
+#   scaler       GradScaler's state, or None
+#   epoch, step, samples, skipped_samples      progress: finished epochs, updates, samples used, those without an update
+#   metrics      {"train": {...}, "val": {...}, "best": {...}} of the last finished epoch
+#   fingerprint  {name: sha256}: the frozen tensors, which the file does not hold
+#   freeze_plan, classes, base, config         how to build the model again, and the run
+KEYS = {
+    *("format", "model", "optimizer", "scaler", "epoch", "step", "samples", "skipped_samples", "metrics"),
+    *("fingerprint", "freeze_plan", "classes", "base", "config"),
+}
+State = dict[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lives."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def write(path: Path, state: State) -> None:
+    """Write a checkpoint so that `path` holds the old content or the new, whatever happens meanwhile.
+
+    Raises:
+        OSError: with its errno (a full disk, a folder that cannot be written); `path` is then unchanged.
+    """
+    assert state.keys() == KEYS - {"format"}, sorted(KEYS ^ state.keys())
+    buffer = io.BytesIO()  # torch.save to a path hides the errno of a full disk
+    torch.save({"format": FORMAT, **state}, buffer)
+    archive = buffer.getbuffer()
+    trailer = _TRAILER.pack(_MAGIC, len(archive), hashlib.sha256(archive).digest())
+    _replace(path, archive, trailer)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a checkpoint by the same protocol as `write`."""
+    _replace(target, source.read_bytes())
+
+
+def _replace(path: Path, *parts: bytes | memoryview) -> None:
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            for part in parts:
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself is durable only now
+    finally:
+        os.close(folder)
+
+
+def verify(path: Path) -> bytes:
+    """The archive of a checkpoint file, once its length and sha256 have been found right.
+
+    Raises:
+        CheckpointError: truncated, altered, or not a checkpoint of this template.
+        OSError: cannot be read.
+    """
+    data = path.read_bytes()
+    if len(data) < _TRAILER.size:
+        raise CheckpointError(f"{path} is not a checkpoint: {len(data)} bytes.")
+    magic, length, digest = _TRAILER.unpack(data[-_TRAILER.size :])
+    archive = data[: -_TRAILER.size]
+    if magic != _MAGIC:
+        raise CheckpointError(f"{path} is truncated, or not a checkpoint of this template: it has no trailer.")
+    if len(archive) != length or hashlib.sha256(archive).digest() != digest:
+        raise CheckpointError(f"{path} is damaged: its content does not match its sha256.")
+    return archive
+
+
+def read(path: Path) -> State:
+    """Read and verify a checkpoint; its tensors are on the CPU.
+
+    Raises:
+        CheckpointError: missing, damaged, of a newer format, or without an entry it must have.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"there is no checkpoint {path}.")
+    archive = verify(path)
+    try:
+        with zipfile.ZipFile(io.BytesIO(archive)) as members:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
+                raise CheckpointError(f"{path} has compressed members, which torch.save never writes.")
+        # weights_only: tensors and plain types alone, no code; stated, because an environment variable can lift the
+        # default.
+        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    found = state.get("format") if isinstance(state, dict) else None
+    if not isinstance(found, int):
+        raise CheckpointError(f"{path} is not a checkpoint of this template: it has no format version.")
+    if found > FORMAT:
+        raise CheckpointError(f"{path} has format {found}; this version of the template reads up to {FORMAT}.")
+    if missing := KEYS - state.keys():
+        raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}.")
+    return state
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the highest step that verifies; a damaged one is reported and passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none verifies: starting afresh would hide the loss.
+    """
+    problems = []
+    for path in reversed(steps(folder)):
+        try:
+            verify(path)
+        except (CheckpointError, OSError) as error:
+            problems.append(str(error))
+            continue
+        for problem in problems:
+            log.warning("%s Using %s instead.", problem, path.name)
+        return path
+    if problems:
+        raise CheckpointError("no checkpoint in {} can be used:\n  {}".format(folder, "\n  ".join(problems)))
+    return None
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints of a folder in the order of their steps; other files are none of our business."""
+    found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name) and path.is_file()]
+    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+
+
+def later_than(folder: Path, step: int) -> list[Path]:
+    """The checkpoints of a folder after more than `step` updates."""
+    return [path for path in steps(folder) if int(_NAME.fullmatch(path.name)[1]) > step]
+
+
+def prune(folder: Path, *, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints (never `best.pt`), and what killed writers left behind."""
+    for path in steps(folder)[: -max(keep, 1)]:
+        path.unlink(missing_ok=True)
+    for path in folder.glob(".tmp-*"):
+        path.unlink(missing_ok=True)
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """An optimizer's state by parameter name; torch's own is by position, where swapped parameters load silently."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {names[parameter]: dict(values) for parameter, values in optimizer.state.items()}
+    return {"kind": type(optimizer).__name__, "state": {name: state[name] for name in sorted(state)}}
+
+
+def positional_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The inverse of `optimizer_state`: what this optimizer's `load_state_dict` takes, with its own hyperparameters.
+
+    Raises:
+        CheckpointError: another kind of optimizer, other parameters, or another shape; names them.
+    """
+    kind = type(optimizer).__name__
+    if saved["kind"] != kind:
+        raise CheckpointError(f"the checkpoint was trained with {saved['kind']}; this run uses {kind}.")
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    shapes = {names[parameter]: parameter.shape for group in optimizer.param_groups for parameter in group["params"]}
+    if saved["state"] and saved["state"].keys() != shapes.keys():
+        difference = _difference(saved["state"].keys(), shapes.keys())
+        raise CheckpointError(f"the optimizer state is for other parameters: {difference}.")
+    for name, values in saved["state"].items():
+        for key, value in values.items():
+            if isinstance(value, Tensor) and value.ndim and value.shape != shapes[name]:
+                found = f"{tuple(value.shape)}; expected {tuple(shapes[name])}"
+                raise CheckpointError(f"optimizer state {key} of {name} has shape {found}.")
+    # torch numbers the parameters in the order of the groups, as `shapes` does.
+    state = {position: saved["state"][name] for position, name in enumerate(shapes) if saved["state"]}
+    return {"state": state, "param_groups": optimizer.state_dict()["param_groups"]}
+
+
+def check_tensors(saved: dict[str, Tensor], live: dict[str, Tensor]) -> None:
+    """Hold a checkpoint's tensors to the exact contract: the model's names, shapes and dtypes, no more and no less.
+
+    Raises:
+        CheckpointError: names each key that is missing, unexpected or different.
+    """
+    problems = []
+    if saved.keys() != live.keys():
+        problems.append(_difference(saved.keys(), live.keys()))
+    for name in saved.keys() & live.keys():
+        found, expected = saved[name], live[name]
+        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+            here = f"{expected.dtype} {tuple(expected.shape)}"
+            problems.append(f"{name} is {found.dtype} {tuple(found.shape)}; expected {here}")
+    if problems:
+        raise CheckpointError("the checkpoint does not fit this model: " + "; ".join(sorted(problems)) + ".")
+
+
+def _difference(found: Any, expected: Any) -> str:
+    """Two sets of names, as their difference."""
+    parts = [
+        f"missing {', '.join(sorted(expected - found))}" if expected - found else "",
+        f"unexpected {', '.join(sorted(found - expected))}" if found - expected else "",
+    ]
+    return "; ".join(filter(None, parts))

@@ -1,0 +1,272 @@
+"""Every choice of a run: dataclasses with a docstring and a unit per field; YAML and command line.
+
+Imports neither torch nor accelerate: `train.py --help` answers at once. The hardware is not configured here; it comes
+from `accelerate launch` and `accelerate_configs/`.
+
+Each layer is turned into command-line arguments and put before those of the user, so that one parser checks all of
+them and the last one wins: defaults < demo settings < the resumed run's config < `--config FILE` < the command line.
+"""
+
+import dataclasses
+import difflib
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from trainer import run
+from trainer.errors import UsageError
+
+
+@dataclass
+class DataConfig:
+    """Images."""
+
+    data: str = "digits"
+    """A folder (class folders in it, or under train/ and val/), a torchvision dataset such as CIFAR10, or digits, the
+    built-in demo."""
+    data_root: str = "data"
+    """Folder that torchvision datasets are downloaded to."""
+    val_fraction: float = 0.2
+    """Share of each class held out for validation, 0 to 1, where the data has no validation part of its own."""
+    augment: Literal["none", "flip", "crop"] = "crop"
+    """none: resize and centre crop; flip: with a random mirror image; crop: random resized crop and mirror image. The
+    demo uses none."""
+    image_size: int | None = None
+    """Side of the square the model sees, in pixels; None: the one its weights were trained with. The demo uses 64."""
+    workers: int | None = None
+    """Processes that decode images, per training process; None: one per core available. The demo uses 0."""
+
+
+@dataclass
+class ModelConfig:
+    """Backbone, and which of its parameters train."""
+
+    name: Annotated[str, tyro.conf.arg(name="model")] = "resnet18"
+    """A torchvision classification model, by its torchvision name."""
+    weights: str = "default"
+    """default (torchvision's best), none (random), the name of a torchvision weights entry such as IMAGENET1K_V2, a
+    file, or a URL. The demo uses none."""
+    train: tuple[str, ...] = ("head",)
+    """What trains: head, all, or modules and parameters by name or pattern, such as: head layer4."""
+
+
+@dataclass
+class OptimConfig:
+    """Training. Batch sizes count images; schedules count the whole run as 1."""
+
+    epochs: int = 10
+    """Times that every training image is used. The demo uses 40."""
+    batch_size: int = 64
+    """Images per optimizer step, over all processes."""
+    micro_batch: int | None = None
+    """Images per forward on one process; accumulation follows. None: batch size / processes."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with momentum."""
+    lr: float = 1e-3
+    """Peak learning rate. The demo uses 0.03."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up: to zero along a cosine or a line, or constant."""
+    warmup: float = 0.05
+    """Share of the run over which the learning rate rises from zero, 0 to 1."""
+    weight_decay: float = 0.01
+    """Of weights; biases and norms have none."""
+    momentum: float = 0.9
+    """Of SGD."""
+    clip_norm: float | None = None
+    """Largest 2-norm of a step's gradient; None: no clipping."""
+    label_smoothing: float = 0.0
+    """Share of each target that is spread over all classes, 0 to 1."""
+
+
+@dataclass
+class RunConfig:
+    """Where the run lives and how it starts."""
+
+    seed: int = 0
+    """Of everything random: new weights, order, augmentation, dropout, splits."""
+    keep: int = 2
+    """Newest checkpoints to keep, at least 2; the best one is kept besides."""
+    cache_memory: float = 2.0
+    """GiB of memory per process for features of the frozen trunk; what does not fit is computed each epoch."""
+    output: str | None = None
+    """Folder of the run; None: runs/DATA-MODEL, numbered if that is taken."""
+    resume: str | None = None
+    """auto: continue the newest checkpoint of the output folder, or start; or the path of a checkpoint or run."""
+    overwrite: bool = False
+    """Delete the run that the output folder holds."""
+    config: str | None = None
+    """YAML file of settings, such as the config.yaml of a run; flags override it."""
+
+
+@dataclass
+class Config:
+    """All of it."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+# What suits 1,797 tiny scans and a backbone with random weights, where nothing else is said.
+_DEMO = ["--augment=none", "--image-size=64", "--workers=0", "--weights=none", "--epochs=40", "--lr=0.03"]
+# How a run was started, not what it is: left out of its config.yaml, so that the file repeats the run elsewhere.
+_NOT_STORED = ("output", "resume", "overwrite", "config")
+# What a resumed run must share with the run it continues.
+_FIXED = ("val_fraction", "augment", "image_size", "name", "train", "batch_size", "optimizer", "seed")
+
+
+def parse(description: str = "", arguments: list[str] | None = None) -> Config:
+    """The configuration of this process's command line; prints help or one message and exits (2) if it cannot be.
+
+    Args:
+        description: shown by `--help`.
+        arguments: of the command line; None takes `sys.argv`.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        config = _parse(arguments, description)
+        stored, settings = [], []
+        if config.run.config is not None:
+            settings = _arguments(_load_yaml(Path(config.run.config)))
+            config = _parse(settings + arguments, description)
+        if config.run.resume is not None:
+            values = run.stored_config(config.run.resume, config.run.output, default_name(config))
+            stored = _arguments(values)
+            config = _parse(stored + settings + arguments, description)
+            _check_resume(values, config)
+        if config.data.data == "digits":
+            config = _parse(_DEMO + stored + settings + arguments, description)
+        elif Path(config.data.data).is_dir():
+            config.data.data = os.path.abspath(config.data.data)  # the stored form works from anywhere
+        _check(config)
+    except UsageError as error:
+        if _speaks():
+            print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    return config
+
+
+def default_name(config: Config) -> str:
+    """The name of a run that was given none: DATA-MODEL."""
+    return f"{Path(config.data.data).resolve().name}-{config.model.name}".lower()
+
+
+def to_dict(config: Config) -> dict[str, dict[str, Any]]:
+    """The stored form: plain types, by group, without what says only how the run was started."""
+    values = dataclasses.asdict(config)
+    values["model"]["train"] = list(config.model.train)
+    values["run"] = {name: value for name, value in values["run"].items() if name not in _NOT_STORED}
+    return values
+
+
+def flags() -> set[str]:
+    """Every flag of train.py."""
+    return {_flag(f) for group in dataclasses.fields(Config) for f in dataclasses.fields(group.default_factory)}
+
+
+def _flag(f: dataclasses.Field) -> str:
+    return "--model" if f.name == "name" else "--" + f.name.replace("_", "-")
+
+
+def _speaks() -> bool:
+    """Whether this process talks to the user: of several with the same command line, the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _parse(arguments: list[str], description: str) -> Config:
+    return tyro.cli(
+        Config,
+        args=arguments,
+        description=description,
+        config=(tyro.conf.OmitArgPrefixes,),
+        console_outputs=_speaks(),
+    )
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read --config {path}: {error}") from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"--config {path} is not plain YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path} holds {type(values).__name__}; expected groups of settings such as optim:.")
+    return values
+
+
+def _arguments(values: dict[str, Any]) -> list[str]:
+    """A nested dict of settings as command-line arguments."""
+    arguments = []
+    groups = {group.name: dataclasses.fields(group.default_factory) for group in dataclasses.fields(Config)}
+    for group, settings in values.items():
+        fields = {f.name: f for f in groups.get(group, ())}
+        if group not in groups:
+            raise UsageError(_unknown(group, groups, "group"))
+        if not isinstance(settings, dict):
+            raise UsageError(f"{group}: holds {settings!r}; expected settings such as {', '.join(fields)}.")
+        for name, value in settings.items():
+            if name not in fields:
+                raise UsageError(_unknown(name, fields, f"setting in {group}:"))
+            flag = _flag(fields[name])
+            if isinstance(value, bool):
+                arguments.append(flag if value else flag.replace("--", "--no-", 1))
+            elif isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
+                arguments += [flag, *map(str, value)]
+            elif value is None or isinstance(value, str | int | float):
+                arguments.append(f"{flag}={value}")
+            else:
+                raise UsageError(f"{group}.{name} holds {type(value).__name__}; expected a plain value.")
+    return arguments
+
+
+def _unknown(name: Any, known: Any, what: str) -> str:
+    near = difflib.get_close_matches(str(name), known, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}."
+    return f"unknown {what} {name!r} in the configuration file; {hint}"
+
+
+def _check_resume(stored: dict[str, Any], config: Config) -> None:
+    """Refuse to continue a run as another one."""
+    now = to_dict(config)
+    for group, settings in stored.items():
+        for name, value in settings.items():
+            new = now.get(group, {}).get(name)
+            if new == value:
+                continue
+            if name in _FIXED:
+                raise UsageError(
+                    f"--resume: the run has {name} {value!r}, the command line {new!r}. "
+                    f"Leave the flag away to continue it, or start a new run with --output."
+                )
+            if _speaks():
+                print(f"resume: {name}: {value} → {new}")
+
+
+def _check(config: Config) -> None:
+    """Ranges that types do not express."""
+    d, o, r = config.data, config.optim, config.run
+    for name, value, good, expected in (
+        ("val-fraction", d.val_fraction, 0 < d.val_fraction < 1, "between 0 and 1"),
+        ("image-size", d.image_size, d.image_size is None or d.image_size > 0, "at least 1 pixel"),
+        ("workers", d.workers, d.workers is None or d.workers >= 0, "0 or more processes"),
+        ("epochs", o.epochs, o.epochs >= 1, "at least 1"),
+        ("batch-size", o.batch_size, o.batch_size >= 1, "at least 1 image"),
+        ("micro-batch", o.micro_batch, o.micro_batch is None or o.micro_batch >= 1, "at least 1 image"),
+        ("lr", o.lr, 0 < o.lr < float("inf"), "a number above 0"),
+        ("warmup", o.warmup, 0 <= o.warmup <= 1, "a share of the run, 0 to 1"),
+        ("weight-decay", o.weight_decay, o.weight_decay >= 0, "0 or more"),
+        ("momentum", o.momentum, 0 <= o.momentum < 1, "0 or more, below 1"),
+        ("clip-norm", o.clip_norm, o.clip_norm is None or o.clip_norm > 0, "above 0"),
+        ("label-smoothing", o.label_smoothing, 0 <= o.label_smoothing < 1, "0 or more, below 1"),
+        ("keep", r.keep, r.keep >= 2, "at least 2: while one is written, the other must exist"),
+        ("cache-memory", r.cache_memory, r.cache_memory >= 0, "0 GiB or more"),
+    ):
+        if not good:
+            raise UsageError(f"--{name} is {value}; expected {expected}.")

@@ -1,0 +1,68 @@
+"""The optimizer's parameter groups, and the learning rate as a pure function of progress."""
+
+import math
+
+import torch
+from torch import nn
+
+from trainer.errors import UsageError
+
+OPTIMIZERS = ("adamw", "sgd")
+SCHEDULES = ("cosine", "linear", "constant")
+
+
+def build_optimizer(
+    model: nn.Module,
+    kind: str = "adamw",
+    *,
+    lr: float = 1e-3,
+    weight_decay: float = 0.01,
+    momentum: float = 0.9,
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101) or SGD over the trainable parameters alone.
+
+    Args:
+        model: its parameters with `requires_grad` are optimised.
+        kind: "adamw" or "sgd" (with Nesterov-free momentum).
+        lr: peak learning rate; the trainer sets the rate of each step.
+        weight_decay: on matrices and kernels; biases and norms, which have one dimension, get none.
+        momentum: of SGD; AdamW uses torch's betas (0.9, 0.999).
+
+    Raises:
+        UsageError: unknown kind, or nothing to train.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trainable:
+        raise UsageError("nothing to train: no parameter of the model has requires_grad.")
+    groups = [
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr)
+    if kind == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+    raise UsageError(f"unknown optimizer {kind!r}; expected one of {', '.join(OPTIMIZERS)}.")
+
+
+def learning_rate(progress: float, peak: float, *, schedule: str = "cosine", warmup: float = 0.0) -> float:
+    """The learning rate at a point of the run.
+
+    Args:
+        progress: share of the run's samples that has been used, 0 to 1.
+        peak: the highest rate, reached at the end of the warm-up.
+        schedule: after the warm-up, "cosine" (Loshchilov & Hutter, 2017, https://arxiv.org/abs/1608.03983) or
+            "linear" to zero at the end of the run, or "constant".
+        warmup: share of the run, 0 to 1, over which the rate rises linearly from zero.
+    """
+    if progress < warmup:
+        return peak * progress / warmup
+    rest = min((progress - warmup) / (1 - warmup), 1.0) if warmup < 1 else 1.0
+    if schedule == "cosine":
+        return peak * 0.5 * (1 + math.cos(math.pi * rest))
+    if schedule == "linear":
+        return peak * (1 - rest)
+    if schedule == "constant":
+        return peak
+    raise UsageError(f"unknown schedule {schedule!r}; expected one of {', '.join(SCHEDULES)}.")

@@ -1,0 +1,118 @@
+"""The processes of a run: start them, take turns, agree."""
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from trainer.errors import UsageError
+
+T = TypeVar("T")
+
+
+def start() -> Accelerator:
+    """The Accelerator of this process, with what `accelerate launch` (or nothing) chose: device, processes, precision.
+
+    Raises:
+        UsageError: the launcher asked for something that would silently not happen.
+    """
+    # Without a GPU every process believes to be the only one, unless told that the CPU is meant
+    # (https://github.com/huggingface/accelerate/pull/3883).
+    cpu = True if not torch.accelerator.is_available() else None
+    # Accelerate reports fp16 on a CPU and trains in fp32, without a scaler: refuse before it starts.
+    wants_cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1", "yes")
+    if wants_cpu and os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16":
+        raise UsageError(
+            "mixed_precision fp16 needs a GPU: on a CPU nothing would be computed in fp16. "
+            "Launch with --mixed_precision bf16 (the same range as fp32, no scaler), or with --mixed_precision no."
+        )
+    accelerator = Accelerator(cpu=cpu)
+    wanted = int(os.environ.get("WORLD_SIZE", "1"))
+    if wanted != accelerator.num_processes:
+        raise UsageError(
+            f"the launcher started {wanted} processes, but each of them runs alone; "
+            "use accelerate_configs/cpu_x2.yaml for processes on CPU, multi_gpu.yaml for GPUs."
+        )
+    return accelerator
+
+
+def say(*lines: str) -> None:
+    """Print lines on the main process (any process before `start`): the console is one page, not eight."""
+    if os.environ.get("RANK", "0") == "0":
+        print(*lines, sep="\n", flush=True)
+
+
+def cores_per_process(accelerator: Accelerator) -> int:
+    """CPU cores that this process may use, shared fairly with the others on this machine; at least 1."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // here)
+
+
+def in_turn(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Call `function` on one process, then on one process of each other machine, then on the rest (a collective).
+
+    For what downloads or writes files: the first call does the work, the later ones find it done, on a shared file
+    system and on separate ones. An exception in any turn is raised on every process, after that turn.
+    """
+    machine_first = accelerator.is_local_main_process
+    result = None
+    for turn in (accelerator.is_main_process, machine_first and not accelerator.is_main_process, not machine_first):
+        error = None
+        if turn:
+            try:
+                result = function()
+            except Exception as exception:
+                error = exception
+        raise_together(accelerator, error)
+    return result
+
+
+def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
+    """Raise on every process if any process has an error: its own, or the first of the others' (a collective)."""
+    if accelerator.num_processes == 1:
+        if error is not None:
+            raise error
+        return
+    # Type and text, not the exception: not every exception can be pickled.
+    mine = None if error is None else (isinstance(error, ValueError), getattr(error, "exit_code", 1), str(error))
+    found = gather_object([mine])
+    if error is not None:
+        raise error
+    for rank, other in enumerate(found):
+        if other is not None:
+            raise Elsewhere(f"process {rank} failed: {other[2]}", exit_code=other[1])
+
+
+class Elsewhere(RuntimeError):
+    """Another process failed, and said why; this one ends with the same exit code."""
+
+    def __init__(self, message: str, *, exit_code: int):
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
+    """Call `function` on the main process and give its result to all (a collective); its exception, too."""
+    error, result = None, [None]
+    if accelerator.is_main_process:
+        try:
+            result = [function()]
+        except Exception as exception:
+            error = exception
+    raise_together(accelerator, error)
+    return broadcast_object_list(result)[0] if accelerator.num_processes > 1 else result[0]
+
+
+def fail(error: Exception) -> int:
+    """Print an error that a user can mend as one message, without a traceback; gives the exit code.
+
+    Every process fails, one speaks.
+    """
+    if os.environ.get("RANK", "0") == "0" or not isinstance(error, Elsewhere):
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)

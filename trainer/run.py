@@ -1,0 +1,194 @@
+"""The folder of a run: which one it is, what it holds, and how a run is found again.
+
+runs/photos-resnet50/
+    config.yaml       what the run is; `train.py --config` repeats it
+    checkpoints/      step-00000120.pt ..., best.pt
+    metrics.jsonl     one line per epoch
+    tensorboard/
+"""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.errors import CheckpointError, UsageError
+
+_ROOT = Path("runs")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds a run: its settings or its checkpoints."""
+    return (folder / "config.yaml").exists() or (folder / "checkpoints").exists()
+
+
+def find(output: str | None, name: str) -> Path:
+    """The run that `--resume auto` means: `output`, or the run of that name with the highest number."""
+    return Path(output) if output is not None else (_numbered(name) or [_ROOT / name])[-1]
+
+
+def choose(output: str | None, name: str, *, overwrite: bool = False) -> "RunFolder":
+    """A folder for a new run.
+
+    Raises:
+        UsageError: `output` holds a run and may not be overwritten; names the three ways on.
+    """
+    if output is None:
+        taken = [folder for folder in _numbered(name) if holds_run(folder)]
+        if not taken:
+            return RunFolder(_ROOT / name)
+        return RunFolder(taken[-1], stale=_content(taken[-1])) if overwrite else RunFolder(_next(taken[-1], name))
+    folder = Path(output)
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"--output {folder} is a file; expected a folder.")
+    if not holds_run(folder):
+        return RunFolder(folder)
+    if not overwrite:
+        raise UsageError(
+            f"{folder} holds a run. Continue it with --resume auto, delete it with --overwrite, "
+            "or give another --output."
+        )
+    return RunFolder(folder, stale=_content(folder))
+
+
+@dataclass
+class RunFolder:
+    """A run's folder, before anything in it has changed.
+
+    Attributes:
+        path: the folder.
+        source: the checkpoint to continue from; None starts afresh.
+        stale: what `begin` deletes: an overwritten run, or checkpoints of a future that will not happen.
+    """
+
+    path: Path
+    source: Path | None = None
+    stale: list[Path] = field(default_factory=list)
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints are."""
+        return self.path / "checkpoints"
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Delete what is stale, and write `config.yaml`. Called when nothing can go wrong any more but the disk.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        _replace(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        for path in self.stale:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def _numbered(name: str) -> list[Path]:
+    """runs/NAME, runs/NAME-2, runs/NAME-3, ... as far as they exist, in the order of their numbers."""
+    pattern = re.compile(re.escape(name) + r"(-\d+)?")
+    found = [path for path in _ROOT.glob("*") if path.is_dir() and pattern.fullmatch(path.name)]
+    return sorted(found, key=_number)
+
+
+def _number(folder: Path) -> int:
+    tail = re.search(r"-(\d+)$", folder.name)
+    return int(tail[1]) if tail else 1
+
+
+def _next(folder: Path, name: str) -> Path:
+    return _ROOT / f"{name}-{_number(folder) + 1}"
+
+
+def _content(folder: Path) -> list[Path]:
+    """What a run writes, and nothing else that somebody may keep there."""
+    found = [*(folder / "checkpoints").glob("*.pt"), folder / "tensorboard", folder / "metrics.jsonl"]
+    return [path for path in found if path.exists()]
+
+
+def open_run(output: str | None, resume: str | None, name: str, *, overwrite: bool = False) -> RunFolder:
+    """The folder to work in, and the checkpoint to continue from, if any; nothing is changed yet.
+
+    Args:
+        output, resume, overwrite: as in `config.RunConfig`.
+        name: of the run, if `output` does not say.
+
+    Raises:
+        UsageError: the folder holds another run, or newer checkpoints than the one to continue from.
+        CheckpointError: there are checkpoints and none can be used.
+    """
+    from trainer import checkpoint  # imports torch, which the command line does not need
+
+    if resume is None:
+        return choose(output, name, overwrite=overwrite)
+    if resume == "auto":
+        folder = find(output, name)
+        return RunFolder(folder, checkpoint.newest(folder / "checkpoints"))
+    source = Path(resume) if Path(resume).is_file() else checkpoint.newest(Path(resume) / "checkpoints")
+    if source is None:
+        raise UsageError(f"--resume {resume}: that run has no checkpoint yet; start it anew with --overwrite.")
+    home = source.absolute().parent.parent
+    if source.parent.name != "checkpoints" or not holds_run(home):
+        home = None
+    if home is None or (output is not None and Path(output).absolute() != home):
+        return replace(choose(output, name, overwrite=overwrite), source=source)
+    # Continuing in place from an older checkpoint: what was trained after it belongs to another future.
+    later = checkpoint.later_than(home / "checkpoints", checkpoint.read(source)["step"])
+    if later and not overwrite:
+        raise UsageError(
+            f"{home} has newer checkpoints than {source.name}, such as {later[-1].name}. Delete them with --overwrite, "
+            "or continue in another folder with --output."
+        )
+    return RunFolder(home, source, stale=later)
+
+
+def stored_config(resume: str, output: str | None, name: str) -> dict[str, Any]:
+    """The settings of the run that `--resume` names; empty if `auto` finds none.
+
+    Raises:
+        UsageError: `resume` is a path and there is nothing.
+        CheckpointError: the checkpoint cannot be read.
+    """
+    folder = find(output, name) if resume == "auto" else Path(resume)
+    if resume != "auto" and not folder.exists():
+        raise UsageError(f"--resume {resume}: there is no such checkpoint or run.")
+    if folder.is_file():
+        from trainer import checkpoint  # imports torch: only if a checkpoint has to be opened
+
+        return checkpoint.read(folder)["config"]
+    path = folder / "config.yaml"
+    if not path.exists():
+        if resume == "auto":
+            return {}
+        raise UsageError(f"--resume {resume} is neither a checkpoint nor the folder of a run: it has no config.yaml.")
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def append_metrics(folder: Path, values: dict[str, Any]) -> None:
+    """Add one line to `metrics.jsonl`."""
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def rewind_metrics(folder: Path, *, step: int) -> None:
+    """Drop the lines after `step`: a resumed run writes them again."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        _replace(path, "".join(kept))
+
+
+def _replace(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

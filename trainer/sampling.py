@@ -1,0 +1,197 @@
+"""Which sample, when, with which random key, and on which process.
+
+Nothing here has a state. The order of an epoch is a function of (seed, epoch), the augmentation of an image of
+(seed, epoch, index), the randomness of a step of (seed, step, micro-batch): a run can be resumed at any step, with any
+number of workers, without storing a generator.
+
+The words: a *window* is the samples of one optimizer update over all processes (`batch_size` of them, fewer at the end
+of an epoch); it is cut into *micro-batches* of `micro_batch` samples, one forward on one process each; they are dealt
+to the processes in turn. So the composition of every micro-batch is the same on any number of processes.
+"""
+
+import hashlib
+import random
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from trainer.errors import UsageError
+
+# One request to a dataset: an image, and the epoch its augmentation is drawn for.
+Request = tuple[int, int]  # (epoch, index)
+
+
+def random_key(*parts: int | str) -> int:
+    """A 63-bit integer that depends on every part and on nothing else: the seed of whatever `parts` name."""
+    text = "\x1f".join(str(part) for part in parts)
+    (value,) = struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())
+    return value >> 1  # torch.manual_seed takes a signed 64-bit integer
+
+
+@contextmanager
+def counted_randomness(*parts: int | str) -> Iterator[None]:
+    """Seed `random`, `numpy.random` and torch's CPU generator from `random_key(*parts)`; restore all three after."""
+    seed = random_key(*parts)
+    outside = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would touch CUDA in a worker
+    try:
+        yield
+    finally:
+        random.setstate(outside[0])
+        np.random.set_state(outside[1])
+        torch.set_rng_state(outside[2])
+
+
+def epoch_order(samples: int, *, seed: int, epoch: int) -> list[int]:
+    """A permutation of `range(samples)` for this epoch, the same on every process."""
+    generator = torch.Generator().manual_seed(random_key(seed, "order", epoch))
+    return torch.randperm(samples, generator=generator).tolist()
+
+
+class Micro(NamedTuple):
+    """One forward and backward on one process."""
+
+    number: int  # its place in the window, over all processes: the key of its dropout
+    indices: list[int]
+    counts: bool  # False for a filler: a process without work still has to take part in the reduction
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How `samples` images become optimizer updates on `processes` processes.
+
+    Args:
+        samples: images in the training set.
+        batch_size: images per optimizer update, over all processes.
+        micro_batch: images per forward on one process; None means `batch_size / processes`.
+        processes: number of processes.
+
+    Raises:
+        UsageError: the numbers do not divide, or there are fewer samples than processes; says which would.
+    """
+
+    samples: int
+    batch_size: int
+    micro_batch: int | None
+    processes: int
+
+    def __post_init__(self) -> None:
+        batch, ranks = self.batch_size, self.processes
+        if batch < 1 or (self.micro_batch is not None and self.micro_batch < 1):
+            raise UsageError(f"batch_size ({batch}) and micro_batch ({self.micro_batch}) must be at least 1.")
+        if self.micro_batch is None:
+            if batch % ranks:
+                near = sorted({max(batch // ranks, 1) * ranks, (batch // ranks + 1) * ranks})
+                raise UsageError(
+                    f"batch_size {batch} does not divide over {ranks} processes; {' or '.join(map(str, near))} would."
+                )
+            object.__setattr__(self, "micro_batch", batch // ranks)
+        if batch % (self.micro_batch * ranks):
+            fits = [m for m in range(1, batch // ranks + 1) if batch % (m * ranks) == 0]
+            advice = f"with batch_size {batch}, micro_batch can be {', '.join(map(str, fits))}" if fits else ""
+            unit = self.micro_batch * ranks
+            near = sorted({max(batch // unit, 1) * unit, (batch // unit + 1) * unit})
+            advice += f"{'; ' if advice else ''}with micro_batch {self.micro_batch}, batch_size can be "
+            raise UsageError(
+                f"batch_size {batch} is not micro_batch {self.micro_batch} × {ranks} processes × a whole number; "
+                f"{advice}{' or '.join(map(str, near))}."
+            )
+        if self.samples < ranks:
+            raise UsageError(f"{self.samples} training images are too few for {ranks} processes; use fewer processes.")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per process and full window."""
+        return self.batch_size // (self.micro_batch * self.processes)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Windows of an epoch; the last may be shorter, none is dropped."""
+        return -(-self.samples // self.batch_size)
+
+    def __str__(self) -> str:
+        last = self.samples % self.batch_size
+        return (
+            f"batch {self.batch_size} = micro-batch {self.micro_batch} × {self.processes} "
+            f"process{'es' if self.processes > 1 else ''} × accumulation {self.accumulation}; "
+            f"{self.samples:,} images = {self.steps_per_epoch:,} steps an epoch"
+            + (f" (the last of {last} images)" if last else "")
+        )
+
+    def windows(self, *, seed: int, epoch: int, start: int = 0) -> Iterator[list[int]]:
+        """The windows of an epoch from its `start`-th sample on: lists of at most `batch_size` indices."""
+        order = epoch_order(self.samples, seed=seed, epoch=epoch)
+        for first in range(start, self.samples, self.batch_size):
+            yield order[first : first + self.batch_size]
+
+    def share(self, window: list[int], *, rank: int) -> list[Micro]:
+        """The micro-batches of one process: at least one, so that every process takes part in every reduction."""
+        micros = [
+            Micro(number, window[first : first + self.micro_batch], True)
+            for number, first in enumerate(range(0, len(window), self.micro_batch))
+        ]
+        return micros[rank :: self.processes] or [Micro(len(micros), window[:1], False)]
+
+    def eval_batches(self, samples: int, *, rank: int) -> list[list[int]]:
+        """The batches of `range(samples)` that this process evaluates: together, each sample exactly once."""
+        batches = [
+            list(range(first, min(first + self.micro_batch, samples))) for first in range(0, samples, self.micro_batch)
+        ]
+        return batches[rank :: self.processes]
+
+
+class KeyedDataset(Dataset):
+    """Images under a transform whose randomness depends on (seed, epoch, index) alone.
+
+    Args:
+        images: indexable by int, giving uint8 `[3, H, W]`.
+        labels: the class index of each image.
+        transform: uint8 `[3, H, W]` → uint8 `[3, S, S]`; may draw from `random`, `numpy.random` and torch.
+        seed: of the run.
+    """
+
+    def __init__(self, images: Sequence, labels: Sequence[int], transform: Callable, *, seed: int):
+        self.images, self.labels, self.transform, self.seed = images, labels, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, request: Request) -> dict[str, torch.Tensor | int]:
+        epoch, index = request
+        with counted_randomness(self.seed, "augment", epoch, index):
+            image = self.transform(self.images[index])
+        return {"image": image, "label": self.labels[index], "index": index}
+
+
+class BatchLoader:
+    """Loads the batches it is asked for, in order, in worker processes that live as long as the loader.
+
+    Args:
+        dataset: takes `(epoch, index)` requests, gives dicts of tensors and integers.
+        workers: worker processes; 0 loads in this one. Any number gives the same bytes.
+        pin_memory: put batches in page-locked memory (faster copies to a GPU).
+    """
+
+    def __init__(self, dataset: Dataset, *, workers: int = 0, pin_memory: bool = False):
+        self._batches: list[list[Request]] = []  # what the workers are asked for next
+        self._loader = DataLoader(
+            dataset,
+            batch_sampler=self._batches,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # else every iterator draws a number from torch's global generator
+        )
+
+    def __call__(self, batches: list[list[Request]]) -> Iterator[dict[str, torch.Tensor]]:
+        """Yield one dict per batch: "image" uint8 `[B, 3, S, S]`, "label" int64 `[B]`, "index" int64 `[B]`."""
+        self._batches[:] = batches
+        return iter(self._loader)
