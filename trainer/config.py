@@ -9,8 +9,10 @@ them and the last one wins: defaults < demo settings < the resumed run's config 
 
 import dataclasses
 import difflib
+import io
 import os
 import sys
+from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -68,7 +70,7 @@ class OptimConfig:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
     lr: float = 1e-3
-    """Peak learning rate. The demo uses 0.03."""
+    """Peak learning rate. The demo uses 0.1."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up: to zero along a cosine or a line, or constant."""
     warmup: float = 0.05
@@ -80,7 +82,7 @@ class OptimConfig:
     clip_norm: float | None = None
     """Largest 2-norm of a step's gradient; None: no clipping."""
     label_smoothing: float = 0.0
-    """Share of each target that is spread over all classes, 0 to 1."""
+    """Share of each target that is spread over all classes, 0 to 1. The demo uses 0.1."""
 
 
 @dataclass
@@ -114,7 +116,8 @@ class Config:
 
 
 # What suits 1,797 tiny scans and a backbone with random weights, where nothing else is said.
-_DEMO = ["--augment=none", "--image-size=64", "--workers=0", "--weights=none", "--epochs=40", "--lr=0.03"]
+_DEMO = ["--augment=none", "--image-size=64", "--workers=0", "--weights=none"]
+_DEMO += ["--epochs=40", "--lr=0.1", "--label-smoothing=0.1"]
 # How a run was started, not what it is: left out of its config.yaml, so that the file repeats the run elsewhere.
 _NOT_STORED = ("output", "resume", "overwrite", "config")
 # What a resumed run must share with the run it continues.
@@ -123,6 +126,8 @@ _FIXED = ("val_fraction", "augment", "image_size", "name", "train", "batch_size"
 
 def parse(description: str = "", arguments: list[str] | None = None) -> Config:
     """The configuration of this process's command line; prints help or one message and exits (2) if it cannot be.
+
+    Only the first process of several looks up the run that it resumes: what it comes to is the configuration of all.
 
     Args:
         description: shown by `--help`.
@@ -135,7 +140,7 @@ def parse(description: str = "", arguments: list[str] | None = None) -> Config:
         if config.run.config is not None:
             settings = _arguments(_load_yaml(Path(config.run.config)))
             config = _parse(settings + arguments, description)
-        if config.run.resume is not None:
+        if config.run.resume is not None and _speaks():  # the other processes are given this one's configuration
             values = run.stored_config(config.run.resume, config.run.output, default_name(config))
             stored = _arguments(values)
             config = _parse(stored + settings + arguments, description)
@@ -175,18 +180,14 @@ def _flag(f: dataclasses.Field) -> str:
 
 
 def _speaks() -> bool:
-    """Whether this process talks to the user: of several with the same command line, the first."""
+    """Whether this process talks to the user: the first of several with the same command line."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def _parse(arguments: list[str], description: str) -> Config:
-    return tyro.cli(
-        Config,
-        args=arguments,
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes,),
-        console_outputs=_speaks(),
-    )
+    quiet = nullcontext() if _speaks() else redirect_stderr(io.StringIO())
+    with quiet:
+        return tyro.cli(Config, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -245,8 +246,7 @@ def _check_resume(stored: dict[str, Any], config: Config) -> None:
                     f"--resume: the run has {name} {value!r}, the command line {new!r}. "
                     f"Leave the flag away to continue it, or start a new run with --output."
                 )
-            if _speaks():
-                print(f"resume: {name}: {value} → {new}")
+            print(f"resume: {name}: {value} → {new}")
 
 
 def _check(config: Config) -> None:

@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from trainer.errors import UsageError
+from trainer.errors import DataError, UsageError
 
 # One request to a dataset: an image, and the epoch its augmentation is drawn for.
 Request = tuple[int, int]  # (epoch, index)
@@ -181,9 +181,11 @@ class BatchLoader:
     """
 
     def __init__(self, dataset: Dataset, *, workers: int = 0, pin_memory: bool = False):
+        self.dataset = dataset
         self._batches: list[list[Request]] = []  # what the workers are asked for next
         self._loader = DataLoader(
-            dataset,
+            _Reporting(dataset),
+            collate_fn=_collate,
             batch_sampler=self._batches,
             num_workers=workers,
             persistent_workers=workers > 0,
@@ -192,6 +194,31 @@ class BatchLoader:
         )
 
     def __call__(self, batches: list[list[Request]]) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield one dict per batch: "image" uint8 `[B, 3, S, S]`, "label" int64 `[B]`, "index" int64 `[B]`."""
+        """Yield one dict per batch: "image" uint8 `[B, 3, S, S]`, "label" int64 `[B]`, "index" int64 `[B]`.
+
+        Raises:
+            DataError: an image cannot be read; names it.
+        """
         self._batches[:] = batches
-        return iter(self._loader)
+        for batch in self._loader:
+            if isinstance(batch, DataError):
+                raise batch
+            yield batch
+
+
+class _Reporting(Dataset):
+    """Gives a `DataError` instead of raising it: a DataLoader would wrap a worker's traceback around the message."""
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+
+    def __getitem__(self, request: Request) -> dict[str, torch.Tensor | int] | DataError:
+        try:
+            return self.dataset[request]
+        except DataError as error:
+            return error
+
+
+def _collate(samples: list) -> dict[str, torch.Tensor] | DataError:
+    errors = (sample for sample in samples if isinstance(sample, DataError))
+    return next(errors, None) or default_collate(samples)

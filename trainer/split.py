@@ -146,12 +146,13 @@ def _cut(model: nn.Module, graph: fx.Graph) -> Split:
     placeholders = [node for node in nodes if node.op == "placeholder"]
     if len(placeholders) != 1:
         raise NotImplementedError("its forward takes more than one argument")
-    frontier = [
-        node for node in nodes if node not in live and any(user in live or user.op == "output" for user in node.users)
-    ]
-    frontier = [node for node in frontier if node.op != "get_attr"]  # the tail reads frozen constants for itself
-    computed = [node for node in nodes if node.op not in ("placeholder", "get_attr") and node not in live]
-    if not computed or frontier == placeholders:
+    of_image = set(placeholders)  # what depends on the image; the rest are constants, which each part has for itself
+    for node in nodes:
+        if any(argument in of_image for argument in node.all_input_nodes):
+            of_image.add(node)
+    frozen = [node for node in nodes if node in of_image and node not in live]
+    frontier = [node for node in frozen if any(user in live or user.op == "output" for user in node.users)]
+    if frozen == placeholders or frontier == placeholders:
         return Split(Uncut(), model, ("images",))
 
     trunk, tail = fx.Graph(), fx.Graph()
@@ -163,10 +164,10 @@ def _cut(model: nn.Module, graph: fx.Graph) -> Split:
 
     copies = {node: tail.placeholder(node.name) for node in frontier}
     for node in graph.nodes:
-        if node in live or (node.op == "get_attr" and any(user in live for user in node.users)):
-            copies[node] = tail.node_copy(node, copies.__getitem__)
-        elif node.op == "output":
+        if node.op == "output":
             tail.output(fx.map_arg(node.args[0], copies.__getitem__))
+        elif node in live or node not in of_image:
+            copies[node] = tail.node_copy(node, copies.__getitem__)
     first = next(node for node in nodes if node in live)
     cut = tuple(_name(node) for node in frontier)
     return Split(_graph_module(model, trunk), _graph_module(model, tail), cut, before=_name(first))

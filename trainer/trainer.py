@@ -222,13 +222,13 @@ class Trainer:
         return from_main(self.accelerator, write)
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint: tail, optimizer, scaler, counters.
+        """Continue from a checkpoint: tail, optimizer, scaler, counters (a collective: the main process reads).
 
         Raises:
             CheckpointError: damaged, or not of this model, these classes, this optimizer or these frozen weights; says
                 what was expected and what was found. The model is then unchanged.
         """
-        state = checkpoint.read(path)
+        state = from_main(self.accelerator, lambda: checkpoint.read(path))
         for name in ("classes", "freeze_plan"):
             if state[name] != self.about[name]:
                 raise CheckpointError(f"{path} has other {name}: {state[name]}; this run has {self.about[name]}.")

@@ -18,6 +18,7 @@ import re
 import socket
 import sys
 import tempfile
+import urllib.error
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,18 +92,18 @@ def fetch_weights(model: str, weights: str) -> Source:
     )
 
 
-def load_backbone_state(model: nn.Module, source: Source, *, fresh: tuple[str, ...] = ()) -> None:
+def load_backbone_state(model: nn.Module, source: Source, *, heads: tuple[str, ...] = ()) -> None:
     """Copy the weights of `source` into `model`, exactly: no name missing, none left over, every shape the same.
 
     model: on the CPU; parameters on the meta device are given memory here.
-    fresh: names of modules to leave alone, whatever the file holds for them: the heads.
+    heads: names of modules to leave alone, whether or not the file has values for them.
 
     Names of old torchvision files, and of wrapped models (`module.`, `_orig_mod.`), are translated. Only
     `num_batches_tracked` may be missing: a count that files from before PyTorch 0.4.1 lack and these models never read.
     Raises DataError, with the names, and then `model` is as it was.
     """
     assert source.path is not None, "random features have nothing to load"
-    skip = tuple(f"{name}." for name in fresh)
+    skip = tuple(f"{name}." for name in heads)
     given = {k: v for k, v in _read_state(source.path).items() if not k.startswith(skip)}
     # Filled in and handed back whole, because it carries the format versions that MNASNet refuses to load without.
     state = model.state_dict()
@@ -164,6 +165,8 @@ def _download(url: str, path: Path, expected: str | None) -> None:
                 _read_state(part)
             part.replace(path)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+        if isinstance(error, urllib.error.HTTPError):
+            error.close()  # it is the open connection, too
         raise DataError(
             f"cannot download {url}: {error}. Three ways on: --weights FILE (a copy of it), --weights URL (another"
             " place to get it from), --weights none (random features)"

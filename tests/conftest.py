@@ -1,0 +1,83 @@
+"""Shared by the tests: the launcher, tiny images, a tiny network."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+ROOT = Path(__file__).parent.parent
+
+
+def launch(script: Path, *arguments: object, cwd: Path, config: str = "cpu", processes: int | None = None):
+    """Run a script through `accelerate launch` with one of the configurations; gives the finished process."""
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
+    command += ["--num_processes", str(processes)] if processes else []
+    return subprocess.run(
+        [*command, str(script), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def train(*arguments: object, cwd: Path, env: dict | None = None):
+    """Run train.py alone, as one process."""
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> Path:
+    """A folder of JPEGs of two classes, 30 + 10 each: stripes one way, stripes the other, with noise."""
+    root = tmp_path_factory.mktemp("photos")
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 30), ("val", 10)):
+        for label in ("across", "down"):
+            folder = root / part / label
+            folder.mkdir(parents=True)
+            for number in range(count):
+                wave = np.sin(np.arange(64) / generator.uniform(1.5, 3))[:, None]
+                stripes = np.broadcast_to(wave, (64, 64)) if label == "across" else np.broadcast_to(wave.T, (64, 64))
+                pixels = 128 + 90 * stripes[..., None] + generator.normal(0, 20, (64, 64, 3))
+                image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+                image.save(folder / f"{number:03d}.jpg", quality=90)
+    return root
+
+
+class TinyNet(nn.Module):
+    """8×8 images; BatchNorm and dropout before a frozen layer, dropout before the head."""
+
+    def __init__(self, classes: int = 3):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.bn = nn.BatchNorm2d(4)
+        self.early = nn.Dropout(0.5)
+        self.block = nn.Sequential(nn.Conv2d(4, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU())
+        self.late = nn.Dropout(0.25)
+        self.fc = nn.Linear(8, classes)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        features = self.block(self.early(torch.relu(self.bn(self.conv(images)))))  # [B, 8, 3, 3]
+        return self.fc(self.late(features.mean((2, 3))))
+
+
+@pytest.fixture
+def tiny() -> TinyNet:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return TinyNet()

@@ -1,0 +1,363 @@
+"""All 80 builders: the right head, the stock features, one set of values per seed."""
+
+import hashlib
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from trainer import weights as weights_module
+from trainer.backbones import InputSpec, build_model, model_names
+from trainer.errors import DataError, UsageError
+
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers of these two, which the backbones do without
+WITH_AUXILIARY = ("googlenet", "inception_v3")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    return tmp_path / "torch_home"
+
+
+def build_stock(name: str, **kwargs: object) -> nn.Module:
+    """Torchvision's model as it is with pretrained weights, but with random ones; BatchNorm has seen something."""
+    if name in WITH_AUXILIARY:
+        kwargs |= {"transform_input": True, "init_weights": False}
+    generator = torch.Generator().manual_seed(0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        stock = models.get_model(name, weights=None, **kwargs)
+    for key, buffer in stock.named_buffers():
+        if key.endswith("running_mean"):
+            buffer.uniform_(-0.5, 0.5, generator=generator)
+        elif key.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5, generator=generator)
+    return stock
+
+
+def constant_file(name: str, path: Path, *, without: tuple[str, ...] = (), **kwargs: object) -> Path:
+    """A state dict file for a model of any size that takes no room: all elements of a tensor are one."""
+    if name in WITH_AUXILIARY:
+        kwargs["init_weights"] = False
+    with torch.device("meta"):
+        state = models.get_model(name, weights=None, **kwargs).state_dict()
+    torch.save({k: torch.ones(()).expand(v.shape) for k, v in state.items() if not k.startswith(without)}, path)
+    return path
+
+
+def states_equal(a: nn.Module, b: nn.Module, *, without: tuple[str, ...] = ()) -> bool:
+    a, b = ({k: v for k, v in m.state_dict().items() if not k.startswith(without)} for m in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ------------------------------------------------------------------------------------------------------ all 80 builders
+
+
+def test_there_are_80_models():
+    assert len(model_names()) == 80
+    assert set(model_names()) == set(models.list_models(module=models))
+
+
+@pytest.mark.parametrize("name", model_names())
+def test_every_builder(name):
+    with torch.device("meta"):
+        backbone = build_model(name, 7, weights="none")
+        images = torch.empty(2, 3, backbone.input.size, backbone.input.size)  # [B, C, H, W]
+    net, (head,) = backbone.model.train(), backbone.head
+    for parameter in net.parameters():
+        parameter.requires_grad_(False)
+    net.get_submodule(head).requires_grad_(True)
+    logits = net(images)
+    assert logits.shape == (2, 7)  # in train mode: no tuple
+    logits.sum().backward()
+    assert {key for key, p in net.named_parameters() if p.grad is not None} == {
+        f"{head}.{key}" for key, _ in net.get_submodule(head).named_parameters()
+    }
+
+    assert isinstance(net.get_submodule(head), nn.Conv2d) == name.startswith("squeezenet")
+    assert (net.get_submodule(head).bias is None) == (name == "maxvit_t")
+    assert getattr(net, "num_classes", 7) == 7
+    assert 1000 not in [getattr(m, "out_features", getattr(m, "out_channels", None)) for m in net.modules()]
+
+    preset = models.get_model_weights(name).DEFAULT.transforms()
+    assert backbone.input.size == preset.crop_size[0]
+    assert backbone.input.resize == preset.resize_size[0]
+    assert backbone.input.interpolation == preset.interpolation.value
+    assert [list(backbone.input.mean), list(backbone.input.std)] == [preset.mean, preset.std]
+    assert backbone.base == {"source": "random", "seed": 0}
+    # The names of today are not among those that are translated for old files.
+    assert all(weights_module._todays_name(key) == key for key in net.state_dict())
+
+
+# ---------------------------------------------------------------------------------------------------- pretrained values
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("densenet121", 64),
+        ("efficientnet_b0", 64),
+        ("googlenet", 64),
+        ("mnasnet0_5", 64),
+        ("mobilenet_v3_small", 64),
+        ("regnet_y_400mf", 64),
+        ("resnet18", 64),
+        ("squeezenet1_1", 64),
+        pytest.param("inception_v3", 96, marks=pytest.mark.slow),
+        pytest.param("swin_t", 64, marks=pytest.mark.slow),
+        pytest.param("vit_b_32", 224, marks=pytest.mark.slow),
+    ],
+)
+def test_a_file_of_torchvisions_gives_torchvisions_features(tmp_path, name, size):
+    stock = build_stock(name).eval()
+    path = tmp_path / f"{name}.pth"
+    torch.save(stock.state_dict(), path)
+    backbone = build_model(name, 7, weights=str(path))
+    assert backbone.base["source"] == "file"
+    assert backbone.model.training
+    model, (head,) = backbone.model.eval(), backbone.head
+    for net in (stock, model):
+        net.set_submodule(head, nn.Identity())
+    images = torch.randn(2, 3, size, size)
+    with torch.no_grad():
+        features = model(images)
+        assert features.std() > 0
+        assert torch.equal(features, stock(images))
+    assert states_equal(model, stock, without=AUXILIARY)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_torchvisions_weights_bring_their_own_preset(tmp_path, monkeypatch):
+    path = constant_file("mobilenet_v2", tmp_path / "file.pth")
+    path = path.rename(tmp_path / f"mobilenet_v2-{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}.pth")
+    monkeypatch.setattr(models.MobileNet_V2_Weights.IMAGENET1K_V1.value, "url", path.as_uri())
+    backbone = build_model("mobilenet_v2", 3, weights="IMAGENET1K_V1")
+    assert backbone.input == InputSpec(224, 256, *IMAGENET, "bilinear")  # the default's resize is 232
+    assert backbone.base["weights"] == "MobileNet_V2_Weights.IMAGENET1K_V1"
+    assert build_model("mobilenet_v2", 3, weights=str(path)).input.resize == 232
+
+
+@pytest.mark.parametrize("name", WITH_AUXILIARY)
+@pytest.mark.parametrize("in_file", [True, False])
+def test_there_are_no_auxiliary_heads(name, in_file, tmp_path):
+    path = constant_file(name, tmp_path / "x.pth", without=() if in_file else AUXILIARY)
+    net = build_model(name, 7, weights=str(path)).model
+    assert net.transform_input is True
+    assert net.aux_logits is False
+    assert net.train()(torch.zeros(2, 3, 96, 96)).shape == (2, 7)  # inception_v3's second classifier needs 299 pixels
+    with torch.device("meta"):
+        assert build_model(name, 7, weights="none").model.transform_input is False
+    stock = models.get_model(name, num_classes=7, aux_logits=False, init_weights=False).state_dict()
+    assert {key: value.shape for key, value in net.state_dict().items()} == {k: v.shape for k, v in stock.items()}
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+    path = constant_file("resnet34", tmp_path / "resnet34.pth")
+    with pytest.raises(DataError, match=r"does not fit ResNet: \d+ unexpected \(layer1\.2\.conv1\.weight"):
+        build_model("resnet18", 7, weights=str(path))
+
+
+# ----------------------------------------------------------------------------------------------------------- randomness
+
+
+@pytest.mark.parametrize("name", ["resnet18", "shufflenet_v2_x0_5"])
+def test_a_seed_decides_all_values(name):
+    torch.manual_seed(1)
+    one = build_model(name, 7, weights="none", seed=3)
+    torch.manual_seed(2)
+    same, other = (build_model(name, 7, weights="none", seed=seed) for seed in (3, 4))
+    assert one.base == {"source": "random", "seed": 3}
+    assert states_equal(one.model, same.model)
+    assert not torch.equal(one.model.conv1.weight if name == "resnet18" else one.model.conv1[0].weight, torch.zeros(1))
+    differ = {k for k, v in one.model.state_dict().items() if not torch.equal(v, other.model.state_dict()[k])}
+    assert {"fc.weight", "fc.bias", "conv1.weight" if name == "resnet18" else "conv1.0.weight"} <= differ
+
+
+def test_features_do_not_depend_on_the_number_of_classes():
+    a, b = (build_model("shufflenet_v2_x0_5", classes, weights="none").model for classes in (2, 1001))
+    assert states_equal(a, b, without=("fc.",))
+
+
+def test_the_head_does_not_depend_on_the_base(tmp_path):
+    path = constant_file("resnet18", tmp_path / "x.pth")
+    pretrained = build_model("resnet18", 7, weights=str(path), seed=5).model
+    random = build_model("resnet18", 7, weights="none", seed=5).model
+    assert torch.equal(pretrained.fc.weight, random.fc.weight)
+    assert torch.equal(pretrained.fc.bias, random.fc.bias)
+    assert pretrained.fc.weight.std() > 0
+    assert torch.all(pretrained.conv1.weight == 1)
+    assert not torch.all(random.conv1.weight == 1)
+
+
+@pytest.mark.parametrize("weights", ["none", "file", "module"])
+def test_global_randomness_is_untouched(tmp_path, monkeypatch, weights):
+    def reseeded(_: int) -> None:
+        raise AssertionError("the generators of all GPUs would be reseeded, and not put back")
+
+    path = constant_file("resnet18", tmp_path / "x.pth")
+    module = models.shufflenet_v2_x0_5()
+    monkeypatch.setattr(torch, "manual_seed", reseeded)
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", reseeded)
+    before = torch.get_rng_state()
+    if weights == "module":
+        build_model(module, 7, head="fc")
+    else:
+        build_model("resnet18", 7, weights=weights.replace("file", str(path)))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# ----------------------------------------------------------------------------------------------------------- image size
+
+
+@pytest.mark.parametrize(
+    ("name", "image_size", "size", "resize"),
+    [
+        ("resnet18", None, 224, 256),
+        ("resnet18", 112, 112, 128),
+        ("efficientnet_b1", 120, 120, 128),  # 240 from 255
+        ("vit_b_32", 64, 64, 73),
+        ("maxvit_t", 448, 448, 448),
+        ("swin_v2_t", 96, 96, 98),  # 256 from 260: takes any size
+    ],
+)
+def test_image_size(name, image_size, size, resize):
+    with torch.device("meta"):
+        backbone = build_model(name, 7, weights="none", image_size=image_size)
+        assert (backbone.input.size, backbone.input.resize) == (size, resize)
+        assert backbone.model.eval()(torch.empty(1, 3, size, size)).shape == (1, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "image_size", "says"),
+    [
+        ("vit_b_32", "default", 256, "ViT_B_32_Weights.IMAGENET1K_V1 takes images of 224 pixels"),
+        ("vit_b_16", "IMAGENET1K_SWAG_E2E_V1", 224, "takes images of 384 pixels"),
+        ("maxvit_t", "default", 448, "MaxVit_T_Weights.IMAGENET1K_V1 takes images of 224 pixels"),
+        ("vit_b_32", "none", 100, "cannot be built for images of 100 pixels"),
+        ("maxvit_t", "none", 100, "cannot be built for images of 100 pixels"),
+        ("vit_b_32", "none", 0, "at least 1 pixel"),
+        ("resnet18", "none", -32, "at least 1 pixel"),
+    ],
+)
+def test_image_sizes_that_cannot_be(name, weights, image_size, says, cache):
+    with pytest.raises(UsageError, match=re.escape(says)) as error:
+        build_model(name, 7, weights=weights, image_size=image_size)
+    assert str(image_size) in str(error.value)
+    assert not cache.exists()  # said before anything is downloaded
+
+
+def test_a_vit_file_decides_about_its_image_size(tmp_path):
+    path = constant_file("vit_b_32", tmp_path / "x.pth", image_size=64)
+    assert build_model("vit_b_32", 7, weights=str(path), image_size=64).input.size == 64
+    with pytest.raises(DataError, match="another image size"):
+        build_model("vit_b_32", 7, weights=str(path))
+
+
+# --------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("resnet-18", "resnet18"),
+        ("ResNet18", "resnet18"),  # torchvision would take this one
+        ("efficientnet_b8", "efficientnet_b7"),
+        ("fasterrcnn_resnet50_fpn", "resnet50"),  # torchvision's, not a classifier
+        ("os.system", "closest: "),
+        ("__class__", "closest: "),
+        ("", "closest: "),
+    ],
+)
+def test_an_unknown_model_lists_close_names(name, close):
+    with pytest.raises(UsageError, match=re.escape(close)) as error:
+        build_model(name, 7, weights="none")
+    assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize("num_classes", [1, 0, -1])
+def test_fewer_than_two_classes(num_classes):
+    with pytest.raises(UsageError, match=f"num_classes is {num_classes}"):
+        build_model("resnet18", num_classes, weights="none")
+
+
+def test_the_head_of_a_known_model_is_known():
+    with torch.device("meta"):
+        assert build_model("resnet18", 7, weights="none", head="fc").head == ("fc",)
+        with pytest.raises(UsageError, match="the head of resnet18 is 'fc', not 'classifier'"):
+            build_model("resnet18", 7, weights="none", head="classifier")
+
+
+# -------------------------------------------------------------------------------------------------------- other modules
+
+
+class Small(nn.Module):
+    def __init__(self, head: nn.Module, num_classes: int = 10) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.AdaptiveAvgPool2d(4))
+        self.pool = nn.Flatten() if isinstance(head, nn.Linear) else nn.Identity()
+        self.top = nn.ModuleDict({"head": head})
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.top["head"](self.pool(self.features(images))).flatten(1)  # [B, C, H, W] to [B, classes]
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda: nn.Linear(96, 10),
+        lambda: nn.Linear(96, 10, bias=False),
+        lambda: nn.Conv2d(6, 10, 4, bias=False),
+        lambda: nn.Conv2d(6, 10, 2, stride=4, padding=1, dilation=5, padding_mode="replicate"),
+    ],
+)
+def test_a_module_keeps_all_but_its_head(head: Callable[[], nn.Module]):
+    module = Small(head()).double()
+    old, features = module.top["head"], {key: value.clone() for key, value in module.features.state_dict().items()}
+    backbone = build_model(module, 3, head="top.head")
+    new = backbone.model.top["head"]
+    assert backbone.model is module
+    assert new is not old
+    assert repr(new) == repr(old).replace("features=10", "features=3").replace("6, 10", "6, 3")
+    assert new.weight.dtype == torch.float64
+    assert module(torch.randn(2, 3, 9, 9).double()).shape == (2, 3)
+    assert all(torch.equal(value, features[key]) for key, value in module.features.state_dict().items())
+    assert module.num_classes == 3
+    assert backbone.head == ("top.head",)
+    assert backbone.base == {"source": "module"}
+    assert backbone.input == InputSpec(224, 256, *IMAGENET, "bilinear")
+    assert build_model(module, 3, head="top.head", image_size=112).input == InputSpec(112, 128, *IMAGENET, "bilinear")
+
+
+def test_a_modules_head_is_made_on_its_device():
+    with torch.device("meta"):
+        module = Small(nn.Linear(96, 10))
+    assert build_model(module, 3, head="top.head").model.top["head"].weight.is_meta
+
+
+def test_a_head_of_the_right_size_is_kept():
+    head = nn.Linear(96, 3)
+    assert build_model(Small(head), 3, head="top.head", weights="none").model.top["head"] is head
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({}, "head None of Small: expected a Linear or ungrouped Conv2d layer, found no module of that name"),
+        ({"head": "fc"}, "candidates, the last ones: top.head"),
+        ({"head": ""}, "found Small"),
+        ({"head": "top"}, "found ModuleDict"),
+        ({"head": "features.0"}, "found Conv2d"),  # grouped
+        ({"head": "top.head", "weights": "IMAGENET1K_V1"}, "a module is used as it is"),
+        ({"head": "top.head", "image_size": 0}, "image_size is 0"),
+    ],
+)
+def test_what_a_module_needs(kwargs, says):
+    with pytest.raises(UsageError, match=re.escape(says)):
+        build_model(Small(nn.Linear(96, 10)), 3, **kwargs)

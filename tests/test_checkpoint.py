@@ -1,0 +1,243 @@
+import os
+import pickle
+import random
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import torch
+
+from trainer import checkpoint
+from trainer.errors import CheckpointError
+from trainer.freezing import freeze, trained_tensors
+from trainer.optim import build_optimizer
+
+
+@pytest.fixture
+def state(tiny):
+    freeze(tiny, ["fc"])
+    optimizer = _stepped(tiny, "adamw")
+    return {
+        "model": {name: tensor.detach().clone() for name, tensor in trained_tensors(tiny).items()},
+        "optimizer": checkpoint.optimizer_state(optimizer, tiny),
+        "scaler": None,
+        "epoch": 2,
+        "step": 7,
+        "samples": 100,
+        "skipped_samples": 0,
+        "metrics": {"val": {"accuracy": 0.5}},
+        "fingerprint": {"conv.weight": "00"},
+        "freeze_plan": {"train": ["fc"], "trainable": ["fc.weight", "fc.bias"]},
+        "classes": ["a", "b", "ç"],
+        "base": {"source": "random", "seed": 0},
+        "config": {"optim": {"lr": 0.1}},
+    }
+
+
+def _stepped(model, kind):
+    optimizer = build_optimizer(model, kind, lr=0.1)
+    model.eval()(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return optimizer
+
+
+def _same(left, right) -> bool:
+    if isinstance(left, torch.Tensor):
+        return torch.equal(left, right) and left.dtype == right.dtype
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_same(left[key], right[key]) for key in left)
+    return left == right
+
+
+def test_round_trip_and_plain_torch_reads_it(tmp_path, state):
+    path = checkpoint.path_of(tmp_path, 7)
+    checkpoint.write(path, state)
+    assert path.name == "step-00000007.pt"
+    assert _same(checkpoint.read(path), {"format": 1, **state})
+    assert _same(torch.load(path, weights_only=True), {"format": 1, **state})
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path, state, monkeypatch):
+    path = checkpoint.path_of(tmp_path, 7)
+    checkpoint.write(path, state)
+    before = path.read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as caught:
+        checkpoint.write(path, {**state, "epoch": 3})
+    assert caught.value.errno == 28
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_every_flipped_bit_and_every_truncation_is_detected(tmp_path, state):
+    path = tmp_path / "step-00000007.pt"
+    checkpoint.write(path, state)
+    data, draw = path.read_bytes(), random.Random(0)
+    for _ in range(200):
+        place = draw.randrange(len(data) * 8)
+        damaged = bytearray(data)
+        damaged[place // 8] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError):
+            checkpoint.read(path)
+    for length in [0, 1, len(data) - 1, *range(1024, len(data), 1024)]:
+        path.write_bytes(data[:length])
+        with pytest.raises(CheckpointError, match=r"truncated|not a checkpoint"):
+            checkpoint.read(path)
+    path.write_bytes(data + b"\0")
+    with pytest.raises(CheckpointError):
+        checkpoint.read(path)
+
+
+def _sealed(path, archive: bytes):
+    """A file with a valid trailer around any content."""
+    checkpoint._replace(path, archive, checkpoint._trailer(archive))
+
+
+def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'marker'}",)
+
+    torch.save({"format": 1, "model": Evil()}, tmp_path / "evil.zip")
+    archives = [(tmp_path / "evil.zip").read_bytes(), pickle.dumps(Evil())]
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    for archive in archives:
+        _sealed(tmp_path / "step-00000001.pt", archive)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            checkpoint.read(tmp_path / "step-00000001.pt")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_compressed_members_are_refused(tmp_path):
+    torch.save({"format": 1, "zeros": torch.zeros(1000)}, tmp_path / "plain.zip")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.zip") as source,
+        zipfile.ZipFile(tmp_path / "small.zip", "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    _sealed(tmp_path / "step-00000001.pt", (tmp_path / "small.zip").read_bytes())
+    with pytest.raises(CheckpointError, match="compressed members"):
+        checkpoint.read(tmp_path / "step-00000001.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"format": 2}, "has format 2; this version of the template reads up to 1"),
+        ({"format": None}, "no format version"),
+        ({"optimizer": ...}, "lacks optimizer"),
+        ({"scaler": ...}, "lacks scaler"),
+    ],
+)
+def test_entries_that_must_be_there(tmp_path, state, change, says):
+    whole = {"format": 1, **state, **change}
+    torch.save({key: value for key, value in whole.items() if value is not ...}, tmp_path / "a")
+    _sealed(tmp_path / "step-00000001.pt", (tmp_path / "a").read_bytes())
+    with pytest.raises(CheckpointError, match=says):
+        checkpoint.read(tmp_path / "step-00000001.pt")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(CheckpointError, match="there is no checkpoint"):
+        checkpoint.read(tmp_path / "nothing.pt")
+
+
+def test_newest_is_by_step_and_passes_over_what_is_damaged(tmp_path, state, caplog):
+    assert checkpoint.newest(tmp_path) is None
+    for step in (100000000, 9, 20):  # written in this order: time says nothing
+        checkpoint.write(checkpoint.path_of(tmp_path, step), {**state, "step": step})
+    (tmp_path / "step-00000999.pt.bak").write_bytes(b"")
+    (tmp_path / "step-99.pt").write_bytes(b"")
+    (tmp_path / "step-200000000.pt").mkdir()
+    assert checkpoint.newest(tmp_path).name == "step-100000000.pt"
+    checkpoint.path_of(tmp_path, 100000000).write_bytes(b"x" * 100)
+    assert checkpoint.newest(tmp_path).name == "step-00000020.pt"
+    assert "step-100000000.pt is truncated" in caplog.text
+    assert "Using step-00000020.pt instead" in caplog.text
+    for step in (9, 20):
+        checkpoint.path_of(tmp_path, step).write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"(?s)no checkpoint in .* can be used:.*000020.pt.*000009.pt"):
+        checkpoint.newest(tmp_path)
+
+
+def test_prune_keeps_the_newest_the_best_and_files_of_others(tmp_path, state):
+    for step in (1, 2, 3, 10):
+        checkpoint.write(checkpoint.path_of(tmp_path, step), state)
+    checkpoint.copy(checkpoint.path_of(tmp_path, 1), tmp_path / "best.pt")
+    (tmp_path / "notes.txt").write_text("mine")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f".tmp-step-00000011.pt-{dead.pid}").write_bytes(b"half")
+    (tmp_path / f".tmp-step-00000012.pt-{os.getpid()}").write_bytes(b"being written")
+    checkpoint.prune(tmp_path, keep=2)
+    assert sorted(os.listdir(tmp_path)) == [
+        *(f".tmp-step-00000012.pt-{os.getpid()}", "best.pt", "notes.txt", "step-00000003.pt", "step-00000010.pt"),
+    ]
+    assert [path.name for path in checkpoint.later_than(tmp_path, 3)] == ["step-00000010.pt"]
+
+
+@pytest.mark.parametrize("kind", ["adamw", "sgd"])
+def test_optimizer_state_is_by_name(tiny, kind):
+    freeze(tiny, ["block", "fc"])
+    optimizer = _stepped(tiny, kind)
+    saved = checkpoint.optimizer_state(optimizer, tiny)
+    assert saved["kind"] == type(optimizer).__name__
+    assert saved["state"].keys() == {name for name, p in tiny.named_parameters() if p.requires_grad}
+
+    other = build_optimizer(tiny, kind, lr=0.5)
+    other.param_groups.reverse()  # another order of the same parameters: by position it would load wrongly
+    other.load_state_dict(checkpoint.positional_state(saved, other, tiny))
+    assert _same(checkpoint.optimizer_state(other, tiny), saved)
+    assert other.param_groups[0]["lr"] == 0.5
+
+
+def test_optimizer_state_that_does_not_fit_is_refused_by_name(tiny):
+    freeze(tiny, ["fc"])
+    optimizer = _stepped(tiny, "adamw")
+    saved = checkpoint.optimizer_state(optimizer, tiny)
+    with pytest.raises(CheckpointError, match="trained with AdamW; this run uses SGD"):
+        checkpoint.positional_state(saved, build_optimizer(tiny, "sgd"), tiny)
+    swapped = {"fc.weight": saved["state"]["fc.bias"], "fc.bias": saved["state"]["fc.weight"]}
+    with pytest.raises(CheckpointError, match=r"exp_avg of fc.weight has shape \(3,\); expected \(3, 8\)"):
+        checkpoint.positional_state({**saved, "state": swapped}, optimizer, tiny)
+    del saved["state"]["fc.bias"]
+    with pytest.raises(CheckpointError, match="other parameters: missing fc.bias"):
+        checkpoint.positional_state(saved, optimizer, tiny)
+
+
+def test_an_optimizer_that_never_stepped_round_trips(tiny):
+    freeze(tiny, ["fc"])
+    optimizer = build_optimizer(tiny)
+    saved = checkpoint.optimizer_state(optimizer, tiny)
+    optimizer.load_state_dict(checkpoint.positional_state(saved, optimizer, tiny))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda saved: saved.pop("fc.bias"), "missing fc.bias"),
+        (lambda saved: saved.update({"layer4.weight": torch.zeros(1)}), "unexpected layer4.weight"),
+        (
+            lambda saved: saved.update({"fc.bias": torch.zeros(4)}),
+            r"fc.bias is torch.float32 \(4,\); expected .* \(3,\)",
+        ),
+        (lambda saved: saved.update({"fc.bias": torch.zeros(3).half()}), "fc.bias is torch.float16"),
+        (lambda saved: saved.update({"module.fc.bias": saved.pop("fc.bias")}), "missing fc.bias; unexpected module.fc"),
+    ],
+)
+def test_tensors_obey_the_exact_contract(tiny, change, says):
+    freeze(tiny, ["fc"])
+    saved = {name: tensor.detach().clone() for name, tensor in trained_tensors(tiny).items()}
+    checkpoint.check_tensors(saved, trained_tensors(tiny))
+    change(saved)
+    with pytest.raises(CheckpointError, match=says):
+        checkpoint.check_tensors(saved, trained_tensors(tiny))

@@ -1,0 +1,138 @@
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from trainer import config
+
+
+def test_defaults_are_the_demo():
+    settings = config.parse(arguments=[])
+    assert (settings.data.data, settings.data.augment, settings.data.image_size) == ("digits", "none", 64)
+    assert (settings.model.name, settings.model.weights, settings.model.train) == ("resnet18", "none", ("head",))
+    assert config.default_name(settings) == "digits-resnet18"
+
+
+def test_other_data_has_other_defaults(tmp_path):
+    settings = config.parse(arguments=["--data", str(tmp_path), "--model", "resnet50", "--train", "layer4", "fc"])
+    assert (settings.data.augment, settings.data.image_size, settings.model.weights) == ("crop", None, "default")
+    assert settings.model.train == ("layer4", "fc")
+    assert config.default_name(settings) == f"{tmp_path.name}-resnet50"
+
+
+def test_stored_settings_repeat_the_run_and_flags_override_them(tmp_path):
+    settings = config.parse(arguments=["--lr", "0.5", "--clip-norm", "2", "--train", "layer4", "fc", "--seed", "3"])
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict(settings)))
+    again = config.parse(arguments=["--config", str(path)])
+    assert config.to_dict(again) == config.to_dict(settings)
+    other = config.parse(arguments=["--config", str(path), "--lr", "0.25", "--train", "head"])
+    assert (other.optim.lr, other.model.train, other.run.seed) == (0.25, ("head",), 3)
+
+
+def test_stored_settings_do_not_say_how_the_run_was_started():
+    stored = config.to_dict(config.parse(arguments=["--output", "x", "--overwrite"]))
+    assert stored["run"].keys() == {"seed", "keep", "cache_memory"}
+
+
+def test_relative_folders_become_absolute(tmp_path, monkeypatch):
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert config.parse(arguments=["--data", "photos"]).data.data == str(tmp_path / "photos")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--learning", "1"], "Unrecognized"),
+        (["--batchsize", "1"], "--batch-size"),
+        (["--lr", "fast"], "could not convert string to float: 'fast'"),
+        (["--augment", "mixup"], "invalid choice 'mixup' for argument '--augment'"),
+        (["--epochs", "0"], "--epochs is 0; expected at least 1"),
+        (["--lr", "nan"], "--lr is nan; expected a number above 0"),
+        (["--keep", "1"], "--keep is 1; expected at least 2"),
+        (["--warmup", "3"], "--warmup is 3.0; expected a share of the run"),
+        (["--config", "missing.yaml"], "cannot read --config missing.yaml"),
+        (["--resume", "missing.pt"], "there is no such checkpoint or run"),
+    ],
+)
+def test_a_wrong_flag_is_one_message_and_exit_code_2(arguments, says, capsys):
+    with pytest.raises(SystemExit) as stop:
+        config.parse(arguments=arguments)
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("optim: {lrr: 1}", "unknown setting in optim: 'lrr' in the configuration file; did you mean lr?"),
+        ("optims: {lr: 1}", "unknown group 'optims' in the configuration file; did you mean optim?"),
+        ("optim: {lr: fast}", "could not convert string to float: 'fast'"),
+        ("optim: {lr: {a: 1}}", "optim.lr holds dict; expected a plain value"),
+        ("optim: 3", "optim: holds 3; expected settings such as epochs"),
+        ("[1, 2]", "holds list; expected groups of settings"),
+        ("optim: {lr: !!python/object/apply:os.system ['true']}", "is not plain YAML"),
+        ("a: &a [x]\nb: [*a, *a", "is not plain YAML"),
+    ],
+)
+def test_a_wrong_file_is_one_message_and_exit_code_2(text, says, tmp_path, capsys):
+    path = tmp_path / "settings.yaml"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        config.parse(arguments=["--config", str(path)])
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+
+
+def test_only_the_first_process_speaks(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    for arguments in (["--lr", "fast"], ["--epochs", "0"]):
+        with pytest.raises(SystemExit):
+            config.parse(arguments=arguments)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.fixture
+def stored_run(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    settings = config.parse(arguments=["--lr", "0.5", "--batch-size", "32"])
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict(settings)))
+    return folder
+
+
+def test_a_resumed_run_keeps_its_settings_and_says_what_changes(stored_run, capsys):
+    settings = config.parse(arguments=["--resume", "auto", "--output", str(stored_run), "--epochs", "50"])
+    assert (settings.optim.lr, settings.optim.batch_size, settings.optim.epochs) == (0.5, 32, 50)
+    assert "resume: epochs: 40 → 50" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--batch-size", "64"], ["--model", "resnet34"], ["--seed", "1"], ["--train", "all"], ["--optimizer", "sgd"]],
+)
+def test_a_resumed_run_stays_the_same_run(stored_run, capsys, flags):
+    with pytest.raises(SystemExit):
+        config.parse(arguments=["--resume", str(stored_run), *flags])
+    assert "--resume: the run has" in capsys.readouterr().err
+
+
+def test_every_flag_is_explained():
+    help_text = subprocess.run(
+        [sys.executable, "-c", "from trainer.config import parse; parse('About.', ['--help'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"COLUMNS": "200", "PATH": ""},
+    ).stdout
+    assert all(flag in help_text for flag in config.flags())
+    assert "About." in help_text
+    for title in ("data options", "model options", "optim options", "run options"):
+        assert title in help_text
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys, trainer; from trainer import config; config.parse(arguments=[]); print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

@@ -1,0 +1,63 @@
+import os
+
+import pytest
+import torch
+from conftest import ROOT, launch
+
+from trainer import processes
+from trainer.errors import DataError, UsageError
+
+
+def test_start_alone():
+    accelerator = processes.start()
+    assert accelerator.num_processes == 1
+    assert processes.in_turn(accelerator, lambda: 5) == processes.from_main(accelerator, lambda: 5) == 5
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="has a GPU")
+def test_fp16_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UsageError, match="fp16 needs a GPU.*bf16.*no"):
+        processes.start()
+
+
+def test_processes_that_would_each_run_alone_are_refused(monkeypatch):
+    accelerator = processes.start()
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: accelerator)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="started 2 processes, but each of them runs alone"):
+        processes.start()
+
+
+def test_fail_prints_one_line_and_gives_the_exit_code(capsys):
+    assert processes.fail(UsageError("wrong")) == 2
+    assert processes.fail(DataError("bad")) == 65
+    assert processes.fail(OSError(28, "No space left on device")) == 74
+    assert processes.fail(processes.Elsewhere("process 1 failed: bad", exit_code=65)) == 65
+    assert capsys.readouterr().err.splitlines()[:2] == ["error: wrong", "error: bad"]
+
+
+def test_cores_are_shared(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
+    accelerator = processes.start()
+    assert processes.cores_per_process(accelerator) == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert processes.cores_per_process(accelerator) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "50")
+    assert processes.cores_per_process(accelerator) == 1
+
+
+def test_two_processes_take_turns_and_fail_together(tmp_path):
+    done = launch(ROOT / "tests" / "processes_script.py", cwd=tmp_path, config="cpu_x2")
+    assert done.returncode == 0, done.stderr
+    lines = sorted((tmp_path / "out.txt").read_text().splitlines())
+    assert lines == [
+        "0 from_main [0, 'chosen']",
+        "0 in_turn raises OSError: process 0 did",
+        "0 in_turn saw 0 before",
+        "0 main raises ValueError: main did",
+        "1 from_main [0, 'chosen']",
+        "1 in_turn raises Elsewhere: process 0 failed: process 0 did",
+        "1 in_turn saw 1 before",
+        "1 main raises Elsewhere: process 0 failed: main did",
+    ]

@@ -1,0 +1,108 @@
+import json
+
+import pytest
+
+from trainer import checkpoint, run
+from trainer.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def _begin(folder: run.RunFolder):
+    folder.begin({"optim": {"lr": 0.1}})
+    (folder.path / "metrics.jsonl").write_text("{}\n")
+    (folder.path / "notes.txt").write_text("mine")
+    return folder
+
+
+def test_runs_without_a_name_are_numbered():
+    names = [_begin(run.open_run(None, None, "photos-resnet18")).path.as_posix() for _ in range(3)]
+    assert names == ["runs/photos-resnet18", "runs/photos-resnet18-2", "runs/photos-resnet18-3"]
+    assert run.find(None, "photos-resnet18").as_posix() == "runs/photos-resnet18-3"
+    assert run.find(None, "photos-resnet180").as_posix() == "runs/photos-resnet180"
+    assert run.find("elsewhere", "photos-resnet18").as_posix() == "elsewhere"
+
+
+def test_a_folder_that_holds_a_run_is_refused_with_three_ways_on():
+    _begin(run.open_run("out", None, "x"))
+    with pytest.raises(UsageError, match=r"out holds a run.*--resume auto.*--overwrite.*--output"):
+        run.open_run("out", None, "x")
+
+
+def test_overwriting_deletes_what_a_run_wrote_but_only_when_the_new_one_begins(tmp_path):
+    old = _begin(run.open_run("out", None, "x"))
+    (old.checkpoints / "step-00000001.pt").write_bytes(b"weights")
+    new = run.open_run("out", None, "x", overwrite=True)
+    assert (old.checkpoints / "step-00000001.pt").exists(), "the run may still fail to start"
+    new.begin({})
+    assert sorted(path.name for path in old.path.iterdir()) == ["checkpoints", "config.yaml", "notes.txt"]
+    assert list(old.checkpoints.iterdir()) == []
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UsageError, match="is a file; expected a folder"):
+        run.open_run("out", None, "x")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """A run with checkpoints after 10 and 20 steps, the first of them the best."""
+    folder = _begin(run.open_run("out", None, "x"))
+    monkeypatch.setattr(checkpoint, "KEYS", {"format", "step", "config"})
+    for step in (10, 20):
+        checkpoint.write(checkpoint.path_of(folder.checkpoints, step), {"step": step, "config": {"from": "file"}})
+    checkpoint.copy(checkpoint.path_of(folder.checkpoints, 10), folder.checkpoints / "best.pt")
+    return folder
+
+
+def test_resume_auto_takes_the_newest_or_starts(trained):
+    assert run.open_run("out", "auto", "x").source == trained.checkpoints / "step-00000020.pt"
+    fresh = run.open_run("new", "auto", "x")
+    assert (fresh.path.name, fresh.source) == ("new", None)
+
+
+def test_resume_with_a_path_continues_in_its_own_run(trained, tmp_path):
+    for path in ("out", "out/checkpoints/step-00000020.pt"):
+        again = run.open_run(None, path, "x")
+        assert (again.path.absolute(), again.stale) == (tmp_path / "out", [])
+        assert again.source.name == "step-00000020.pt"
+
+
+def test_resume_from_an_older_checkpoint_must_say_what_becomes_of_the_newer(trained):
+    with pytest.raises(UsageError, match=r"newer checkpoints than best.pt, such as step-00000020.pt"):
+        run.open_run(None, "out/checkpoints/best.pt", "x")
+    again = run.open_run(None, "out/checkpoints/best.pt", "x", overwrite=True)
+    assert [path.name for path in again.stale] == ["step-00000020.pt"]
+    branch = run.open_run("branch", "out/checkpoints/best.pt", "x")
+    assert (branch.path.name, branch.source.name, branch.stale) == ("branch", "best.pt", [])
+
+
+def test_resume_without_a_checkpoint(tmp_path):
+    _begin(run.open_run("out", None, "x"))
+    with pytest.raises(UsageError, match="no checkpoint yet"):
+        run.open_run(None, "out", "x")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="neither a checkpoint nor the folder of a run"):
+        run.stored_config("empty", None, "x")
+
+
+def test_stored_settings_come_from_the_run_or_the_checkpoint(trained):
+    assert run.stored_config("auto", "out", "x") == {"optim": {"lr": 0.1}}
+    assert run.stored_config("out", None, "x") == {"optim": {"lr": 0.1}}
+    assert run.stored_config("out/checkpoints/best.pt", None, "x") == {"from": "file"}
+    assert run.stored_config("auto", "new", "x") == {}
+
+
+def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
+    for step in (1, 2, 3):
+        run.append_metrics(tmp_path, {"step": step})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2, "torn')
+    run.rewind_metrics(tmp_path, step=2)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    run.rewind_metrics(tmp_path / "nowhere", step=2)

@@ -1,0 +1,221 @@
+"""The program as people run it: real processes, real files."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, launch, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from trainer import checkpoint
+
+TRAIN = ROOT / "train.py"
+SMALL = ["--model", "resnet18", "--weights", "none", "--image-size", "32", "--batch-size", "16", "--micro-batch", "4"]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The first command of the README; gives the folder it ran in, and what it printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = launch(TRAIN, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_the_demo_reaches_94_percent_and_says_what_it_does(demo):
+    folder, output = demo
+    run = folder / "runs" / "digits-resnet18"
+    assert "random weights" in output
+    assert "head: 5,130 of 11,181,642 parameters train (0.05%)" in output
+    assert "cut before fc" in output
+    assert "batch 64 = micro-batch 64 × 1 process × accumulation 1; 1,438 images = 23 steps" in output
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == list(range(1, 41))
+    assert lines[-1]["val"]["accuracy"] >= 0.94
+    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["name"] == "resnet18"
+
+
+def test_the_demo_leaves_small_checkpoints_that_torch_reads(demo):
+    checkpoints = demo[0] / "runs" / "digits-resnet18" / "checkpoints"
+    assert sorted(os.listdir(checkpoints)) == ["best.pt", "step-00000897.pt", "step-00000920.pt"]
+    for path in checkpoints.iterdir():
+        assert path.stat().st_size < 200_000
+        state = torch.load(path, weights_only=True)
+        assert state["model"].keys() == {"fc.weight", "fc.bias"}
+        assert state["optimizer"]["state"].keys() == {"fc.weight", "fc.bias"}
+    state = checkpoint.read(checkpoints / "step-00000920.pt")
+    assert (state["epoch"], state["step"], state["samples"]) == (40, 920, 40 * 1438)
+    assert state["classes"] == [str(digit) for digit in range(10)]
+    best = torch.load(checkpoints / "best.pt", weights_only=True)["metrics"]["val"]["accuracy"]
+    assert best == state["metrics"]["best"]["accuracy"] >= state["metrics"]["val"]["accuracy"]
+
+
+def test_the_demo_can_be_watched_in_tensorboard(demo):
+    events = EventAccumulator(str(demo[0] / "runs" / "digits-resnet18" / "tensorboard")).Reload()
+    tags = {
+        "train/loss",
+        "train/accuracy",
+        "val/loss",
+        "val/accuracy",
+        "lr",
+        "images_per_second",
+        "step/loss",
+        "step/lr",
+    }
+    assert tags <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("val/accuracy")) == 40
+    assert events.Tags()["images"] == ["val/predictions"]
+
+
+def test_resuming_a_finished_run_trains_nothing_and_says_so(demo):
+    folder, _ = demo
+    run = folder / "runs" / "digits-resnet18"
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    done = train("--resume", "auto", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert "finished already: nothing to train" in done.stdout
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+def test_a_folder_that_holds_a_run_is_refused(demo):
+    folder, _ = demo
+    done = train("--output", "runs/digits-resnet18", cwd=folder)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: runs/digits-resnet18 holds a run. Continue it with --resume auto")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_changed_seed_has_another_base_and_is_refused(demo, tmp_path):
+    folder, _ = demo
+    shutil.copytree(folder / "runs" / "digits-resnet18", tmp_path / "run")
+    settings = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    settings["run"]["seed"] = 1
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+    done = train("--resume", "auto", "--output", tmp_path / "run", "--epochs", "50", cwd=tmp_path)
+    assert done.returncode == 65
+    assert "the frozen part of this model is not the one the checkpoint was trained on" in done.stderr
+    assert "conv1.weight: expected sha256" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def four_epochs(photos, tmp_path_factory):
+    """Four epochs on a folder of JPEGs, with augmentation, in worker processes; two updates of 16 = 4 × 4 an epoch."""
+    folder = tmp_path_factory.mktemp("four")
+    options = ["--data", photos, *SMALL, "--epochs", "4", "--keep", "4", "--workers", "2", "--output", "run"]
+    done = launch(TRAIN, *options, "--train", "layer4.1", "fc", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def _tensors(path):
+    state = checkpoint.read(path)
+    tensors = dict(state["model"])
+    for name, values in state["optimizer"]["state"].items():
+        tensors |= {f"{name}:{key}": value for key, value in values.items()}
+    return tensors
+
+
+def test_two_and_two_epochs_are_four_to_the_bit(four_epochs, tmp_path):
+    second = checkpoint.steps(four_epochs / "checkpoints")[1]
+    done = train("--resume", second, "--output", tmp_path / "again", "--workers", "0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "epoch 2 of 4 done, step 8" in done.stdout
+    assert "workers: 2 → 0" in done.stdout
+    last = checkpoint.steps(four_epochs / "checkpoints")[-1].name
+    left, right = (_tensors(run / "checkpoints" / last) for run in (four_epochs, tmp_path / "again"))
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    lines = [json.loads(line) for line in (four_epochs / "metrics.jsonl").read_text().splitlines()]
+    again = [json.loads(line) for line in (tmp_path / "again" / "metrics.jsonl").read_text().splitlines()]
+    for line in (*lines, *again):
+        del line["images_per_second"]
+    assert again == lines[2:]
+
+
+def test_a_run_can_be_lengthened_in_place(four_epochs, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(four_epochs, run)
+    done = train("--resume", "auto", "--output", run, "--epochs", "5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resume: epochs: 4 → 5" in done.stdout
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4, 5]
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("val/loss")] == [4, 8, 12, 16, 20]
+
+
+def test_config_yaml_repeats_the_run(four_epochs, tmp_path):
+    done = train("--config", four_epochs / "config.yaml", "--epochs", "1", "--output", tmp_path / "again", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    settings, again = (yaml.safe_load((run / "config.yaml").read_text()) for run in (four_epochs, tmp_path / "again"))
+    assert again == {**settings, "optim": {**settings["optim"], "epochs": 1}}
+
+
+def test_two_processes_train_to_the_same_result_and_write_one_checkpoint(photos, tmp_path):
+    """The head alone: a BatchNorm that trains sees other batches on another number of processes."""
+    options = ["--data", photos, *SMALL, "--epochs", "2"]
+    one = launch(TRAIN, *options, "--output", "one", cwd=tmp_path)
+    two = launch(TRAIN, *options, "--output", "two", cwd=tmp_path, config="cpu_x2")
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    assert "micro-batch 4 × 2 processes × accumulation 2" in two.stdout
+    assert two.stdout.count("epoch 1/2") == 1, "one process speaks"
+    assert sorted(os.listdir(tmp_path / "two" / "checkpoints")) == sorted(os.listdir(tmp_path / "one" / "checkpoints"))
+    left, right = (_tensors(tmp_path / run / "checkpoints" / "step-00000008.pt") for run in ("one", "two"))
+    for name, value in left.items():
+        assert ((value - right[name]).norm() / value.norm().clamp(min=1e-12)).item() < 1e-5, name
+    metrics = [
+        checkpoint.read(tmp_path / run / "checkpoints" / "step-00000008.pt")["metrics"] for run in ("one", "two")
+    ]
+    assert metrics[0]["val"]["accuracy"] == metrics[1]["val"]["accuracy"]
+
+    on = launch(TRAIN, "--resume", "auto", "--output", "two", "--epochs", "3", cwd=tmp_path, config="cpu_x2")
+    assert on.returncode == 0, on.stderr
+    assert "epoch 2 of 3 done, step 8" in on.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["--data", "no/such/folder"], 2, "no/such/folder"),
+        (["--model", "resnet19"], 2, "resnet18"),
+        (["--train", "layer9"], 2, "--train 'layer9' matches no parameter of ResNet"),
+        (["--weights", "no/such/file.pt"], 2, "no/such/file.pt"),
+        (["--batch-size", "60", "--micro-batch", "16"], 2, "batch_size can be 48 or 64"),
+        (["--image-size", "8", "--model", "vgg11"], 2, "pixels"),
+        (["--output", "/proc/nothing"], 74, "/proc/nothing"),
+    ],
+)
+def test_a_mistake_is_one_message_and_nothing_else(arguments, code, says, tmp_path):
+    done = train(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert says in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_image_that_cannot_be_read_is_named(photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "train" / "down" / "000.jpg").write_bytes(b"not an image")
+    done = train("--data", tmp_path / "photos", *SMALL, "--workers", "1", cwd=tmp_path)
+    assert done.returncode == 65
+    assert "down/000.jpg" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_fp16_on_a_cpu_is_refused_with_the_alternatives(tmp_path):
+    done = train(cwd=tmp_path, env={"ACCELERATE_MIXED_PRECISION": "fp16", "ACCELERATE_USE_CPU": "true"})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: mixed_precision fp16 needs a GPU")
+    assert "bf16" in done.stderr
+
+
+def test_a_failed_start_keeps_the_run_that_was_to_be_overwritten(demo, tmp_path):
+    shutil.copytree(demo[0] / "runs", tmp_path / "runs")
+    before = sorted(path.name for path in (tmp_path / "runs").rglob("*"))
+    done = train("--output", "runs/digits-resnet18", "--overwrite", "--train", "layer9", cwd=tmp_path)
+    assert done.returncode == 2
+    assert sorted(path.name for path in (tmp_path / "runs").rglob("*")) == before

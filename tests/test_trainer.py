@@ -1,0 +1,287 @@
+import math
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import ROOT, launch
+
+import trainer
+from trainer import checkpoint
+from trainer.errors import CheckpointError, NumericalError
+from trainer.features import Kept
+from trainer.freezing import frozen_tensors
+
+TINY_RUN = ROOT / "tests" / "tiny_run.py"
+
+
+def _loop(
+    model, *, train=("block", "fc"), samples=21, batch=8, micro=4, epochs=3, lr=0.05, optimizer="adamw", **options
+):
+    plan = trainer.freeze(model, train)
+    parts = trainer.split_model(model, torch.zeros(1, 3, 8, 8))
+    return trainer.Trainer(
+        Accelerator(cpu=True),
+        model,
+        parts.tail,
+        trainer.build_optimizer(model, optimizer, lr=lr),
+        plan=trainer.BatchPlan(samples, batch, micro, 1),
+        lr=lambda progress: lr,
+        epochs=epochs,
+        about={"freeze_plan": plan.to_dict(), "classes": ["a", "b", "c"], "base": {}, "config": {}},
+        **options,
+    ), _source(parts, samples)
+
+
+def _source(parts, samples):
+    images = torch.randn(samples, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return Kept(parts.trunk(images), torch.arange(samples) % 3)
+
+
+def test_an_epoch_uses_every_sample_once_and_moves_only_what_trains(tiny):
+    loop, source = _loop(tiny)
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    counts = []
+    means = loop.train_epoch(
+        source, after_step=lambda loop, totals: counts.append((loop.step, loop.samples, totals.count))
+    )
+    assert counts == [(1, 8, 8), (2, 16, 16), (3, 21, 21)]
+    assert means.keys() == {"loss", "accuracy"}
+    assert (loop.epoch, loop.step, loop.samples, loop.rate) == (1, 3, 21, 0.05)
+    frozen = frozen_tensors(tiny).keys()
+    assert {name for name, tensor in tiny.state_dict().items() if not torch.equal(tensor, before[name])} == (
+        before.keys() - frozen
+    )
+
+
+@pytest.mark.parametrize("micro", [1, 2, 4])
+def test_accumulated_gradients_are_those_of_one_big_batch(tiny, micro):
+    """SGD without momentum: the change of a weight is its gradient. 21 = 8 + 8 + 5: the last window is short."""
+    tiny.late.p = 0.0  # dropout differs between micro-batches, as it should
+    loop, source = _loop(tiny, train=["fc"], micro=micro, optimizer="sgd", lr=1.0)
+    for group in loop.optimizer.param_groups:
+        group["momentum"], group["weight_decay"] = 0.0, 0.0
+    fc = torch.nn.Linear(8, 3)
+    fc.load_state_dict(tiny.fc.state_dict())
+    for window in loop.plan.windows(seed=0, epoch=0):
+        features = source.inputs[0][window]
+        loss = torch.nn.functional.cross_entropy(fc(features), source.labels[window])
+        gradients = torch.autograd.grad(loss, list(fc.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(fc.parameters(), gradients, strict=True):
+                parameter -= gradient
+    loop.train_epoch(source)
+    torch.testing.assert_close(tiny.fc.weight, fc.weight, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(tiny.fc.bias, fc.bias, rtol=1e-5, atol=1e-6)
+
+
+def test_clipping(tiny):
+    loop, source = _loop(tiny, train=["fc"], optimizer="sgd", lr=1.0, clip_norm=1e-3, samples=8)
+    for group in loop.optimizer.param_groups:
+        group["momentum"], group["weight_decay"] = 0.0, 0.0
+    before = torch.cat([parameter.detach().flatten() for parameter in tiny.fc.parameters()])
+    loop.train_epoch(source)
+    after = torch.cat([parameter.detach().flatten() for parameter in tiny.fc.parameters()])
+    assert (after - before).norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_evaluation_counts_each_sample_once_and_has_no_dropout(tiny):
+    loop, source = _loop(tiny)
+    first, again = loop.evaluate(source), loop.evaluate(source)
+    assert first == again
+    tiny.eval()
+    logits = loop.logits(source, list(range(21)))
+    assert first["accuracy"] == (logits.argmax(1) == source.labels).sum().item() / 21
+    loss = torch.nn.functional.cross_entropy(logits, source.labels).item()
+    assert first["loss"] == pytest.approx(loss, rel=1e-6)
+    assert not loop.tail.training
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(tiny, value):
+    def step(model, batch):
+        loss = model(*batch["inputs"]).square().sum(1)
+        return {"loss": loss * torch.where(batch["index"] == 5, value, 1.0)}
+
+    loop, source = _loop(tiny, train=["fc"], samples=8, step=step)
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    with pytest.raises(NumericalError, match=r"gradient of step 1 \(epoch 1\) is not finite"):
+        loop.train_epoch(source)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+    assert (loop.step, loop.samples) == (0, 0)
+
+
+def test_a_custom_step_is_checked_once_and_averaged_per_sample(tiny):
+    def step(model, batch):
+        loss = torch.nn.functional.cross_entropy(model(*batch["inputs"]), batch["label"], reduction="none")
+        return {"loss": loss, "index": batch["index"]}
+
+    loop, source = _loop(tiny, step=step)
+    assert loop.train_epoch(source)["index"] == 10.0
+    assert loop.evaluate(source)["index"] == 10.0
+    loop, source = _loop(tiny, step=lambda model, batch: {"loss": model(*batch["inputs"]).mean()})
+    with pytest.raises(ValueError, match=r"expected one value per sample, shape \(4,\)"):
+        loop.train_epoch(source)
+
+
+def test_a_scaler_skips_lowers_its_scale_and_comes_back(tiny, tmp_path):
+    """The scaler of fp16, on a CPU: one infinite gradient costs one update, no step of the schedule, half the scale."""
+    bad = {"step": 1}
+
+    def step(model, batch):
+        loss = model(*batch["inputs"]).square().sum(1)
+        return {"loss": loss * (math.inf if loop.step == bad["step"] else 1.0)}
+
+    loop, source = _loop(tiny, train=["fc"], step=step)
+    _with_scaler(loop)
+    weights, progress = [], []
+    loop.lr = lambda share: progress.append(share) or 0.05
+    loop.train_epoch(source, after_step=lambda *_: weights.append(tiny.fc.weight.detach().clone()))
+    assert not torch.equal(weights[0], weights[2])
+    assert torch.equal(weights[0], weights[1])
+    assert (loop.step, loop.samples, loop.skipped_samples) == (3, 21, 8)
+    assert progress == [4 / 63, 12 / 63, (8 + 2.5) / 63]
+    assert loop.accelerator.scaler.get_scale() == 512.0
+
+    path = loop.save(tmp_path)
+    other, _ = _loop(tiny, train=["fc"], step=step)
+    other.load(path)  # without a scaler
+    path = other.save(tmp_path / "plain")
+    third, _ = _loop(tiny, train=["fc"], step=step)
+    _with_scaler(third)
+    third.load(path)
+    assert third.accelerator.scaler.get_scale() == 512.0
+    assert third.skipped_samples == 8
+
+
+def _with_scaler(loop):
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    loop.accelerator.scaler = scaler
+    loop.optimizer.scaler = scaler
+    loop.optimizer._accelerate_step_called = False
+    loop.optimizer._optimizer_original_step_method = loop.optimizer.optimizer.step
+    loop.optimizer._optimizer_patched_step_method = _patched(loop.optimizer, loop.optimizer.optimizer.step)
+
+
+def _patched(optimizer, method):
+    def patched(*args, **kwargs):
+        optimizer._accelerate_step_called = True
+        return method(*args, **kwargs)
+
+    return patched
+
+
+def test_two_and_two_epochs_are_four_to_the_bit(tiny, tmp_path):
+    whole, source = _loop(tiny, epochs=4)
+    start = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    for _ in range(4):
+        whole.train_epoch(source)
+        if whole.epoch == 2:
+            path = whole.save(tmp_path)
+    end = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+
+    tiny.load_state_dict(start)
+    again, source = _loop(tiny, epochs=4)
+    again.load(path)
+    assert (again.epoch, again.step) == (2, 6)
+    torch.manual_seed(99)  # nothing random is carried
+    for _ in range(2):
+        again.train_epoch(source)
+    assert all(torch.equal(tensor, end[name]) for name, tensor in tiny.state_dict().items())
+    left, right = (checkpoint.optimizer_state(loop.optimizer.optimizer, tiny)["state"] for loop in (again, whole))
+    assert all(torch.equal(left[name][key], right[name][key]) for name in right for key in right[name])
+
+
+def test_a_checkpoint_holds_what_trained_and_nothing_else(tiny, tmp_path):
+    loop, source = _loop(tiny)
+    loop.train_epoch(source)
+    path = loop.save(tmp_path, best=True, keep=2)
+    state = torch.load(path, weights_only=True)
+    assert state.keys() == checkpoint.KEYS
+    norm = [f"block.1.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+    assert set(state["model"]) == {"block.0.weight", "block.0.bias", *norm, "fc.weight", "fc.bias"}
+    assert set(state["optimizer"]["state"]) == set(state["freeze_plan"]["trainable"])
+    assert (state["epoch"], state["step"], state["samples"]) == (1, 3, 21)
+    assert (tmp_path / "best.pt").read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda s: s["model"].pop("fc.bias"), "missing fc.bias"),
+        (lambda s: s["model"].update({"extra.weight": torch.zeros(2)}), "unexpected extra.weight"),
+        (lambda s: s["model"].update({"fc.bias": torch.zeros(5)}), r"fc.bias is torch.float32 \(5,\)"),
+        (
+            lambda s: s.update(classes=["a", "c", "b"]),
+            r"other classes: \['a', 'c', 'b'\]; this run has \['a', 'b', 'c'\]",
+        ),
+        (lambda s: s["freeze_plan"].update(train=["fc"]), "other freeze_plan"),
+        (lambda s: s["optimizer"].update(kind="SGD"), "trained with SGD; this run uses AdamW"),
+        (lambda s: s["optimizer"]["state"].pop("fc.weight"), "missing fc.weight"),
+        (lambda s: s["fingerprint"].update({"conv.bias": "0" * 16}), "conv.bias: expected sha256 0000"),
+        (lambda s: s.update(samples=22), "used 22 images in 1 epochs; this training set has 21"),
+    ],
+)
+def test_loading_what_does_not_fit_changes_nothing_and_says_what(tiny, tmp_path, change, says):
+    loop, source = _loop(tiny)
+    loop.train_epoch(source)
+    state = loop.state()
+    change(state)
+    path = checkpoint.path_of(tmp_path, 3)
+    checkpoint.write(path, state)
+    fresh, _ = _loop(tiny)
+    before = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
+    with pytest.raises(CheckpointError, match=says):
+        fresh.load(path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.state_dict().items())
+    assert (fresh.epoch, len(fresh.optimizer.state)) == (0, 0)
+
+
+def _tiny_run(folder, *options, processes):
+    """Run tiny_run.py; gives the saved state of each process."""
+    out = folder / f"out{processes}.pt"
+    config = "cpu" if processes == 1 else "cpu_x2"
+    done = launch(TINY_RUN, out, *options, cwd=folder, config=config, processes=processes)
+    assert done.returncode == 0, done.stderr
+    return [torch.load(out.with_suffix(f".{rank}.pt"), weights_only=True) for rank in range(processes)]
+
+
+def _relative(left, right):
+    """Relative L2 distance of each tensor."""
+    return {
+        k: ((left[k].double() - right[k].double()).norm() / right[k].double().norm().clamp(min=1e-12)).item()
+        for k in right
+    }
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """One process with and without a cache: what the others are compared with."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: _tiny_run(folder, *options, processes=1)[0] for name, options in RUNS.items()}
+
+
+# 33 and 37 samples in windows of 8: the last window leaves some processes without a micro-batch.
+RUNS = {"streamed": ["--train", "fc", "--workers", "1"], "cached": ["--train", "fc", "--cache", "--samples", "33"]}
+
+
+@pytest.mark.parametrize(("name", "processes"), [("streamed", 2), ("streamed", 4), ("cached", 2)])
+def test_processes_agree_with_each_other_and_with_one(alone, tmp_path, name, processes):
+    expected, states = alone[name], _tiny_run(tmp_path, *RUNS[name], processes=processes)
+    for state in states:
+        assert all(torch.equal(state["replica"][name], states[0]["replica"][name]) for name in state["replica"])
+        assert (state["step"], state["samples"]) == (expected["step"], expected["samples"])
+        assert state["metrics"]["val"]["accuracy"] == expected["metrics"]["val"]["accuracy"]
+        for part in ("train", "val"):
+            assert state["metrics"][part]["loss"] == pytest.approx(expected["metrics"][part]["loss"], rel=1e-5)
+    samples = 33 if name == "cached" else 37
+    assert sum(state["counted"][-1] for state in states) == expected["counted"][-1] == samples
+    assert max(_relative(states[0]["model"], expected["model"]).values()) < 1e-5
+    assert all(state["fingerprint"] == expected["fingerprint"] for state in states)
+
+
+def test_replicas_with_a_batchnorm_that_trains_stay_equal(tmp_path):
+    """Its statistics are the main process's when they are evaluated and saved."""
+    first, second = _tiny_run(tmp_path, "--train", "block", "fc", "--epochs", "2", processes=2)
+    assert all(torch.equal(first["replica"][name], second["replica"][name]) for name in first["replica"])
+    assert first["metrics"] == second["metrics"]
