@@ -14,9 +14,10 @@ from trainer.config import Config, default_name, parse, to_dict
 
 
 def main(config: Config) -> None:
-    accelerator, say = trainer.start(), trainer.say
+    accelerator, say = trainer.start(exact=config.run.exact), trainer.say
     config = trainer.from_main(accelerator, lambda: config)  # one configuration, on any number of machines
     data, model, optim, run = config.data, config.model, config.optim, config.run
+    guard = trainer.Preemption(accelerator, time_limit=run.time_limit, save_minutes=run.save_minutes)
 
     # Where the run lives, and where it starts: at the checkpoint --resume names, at the newest one, or afresh.
     choose = partial(trainer.open_run, run.output, run.resume, default_name(config), overwrite=run.overwrite)
@@ -32,7 +33,7 @@ def main(config: Config) -> None:
     model.weights = backbone.base.get("weights", model.weights)  # by name: "default" may be another one next year
 
     # Images are uint8 until they are on the device, where they are normalised.
-    shape = {"size": spec.size, "resize": spec.resize, "interpolation": __import__("torchvision").transforms.InterpolationMode(spec.interpolation)}
+    shape = {"size": spec.size, "resize": spec.resize, "interpolation": spec.interpolation}
     augment = trainer.train_transform(data.augment, **shape)
     train_set = trainer.KeyedDataset(train_images, train_images.labels, augment, seed=run.seed)
     val_set = trainer.KeyedDataset(val_images, val_images.labels, trainer.eval_transform(**shape), seed=run.seed)
@@ -43,21 +44,24 @@ def main(config: Config) -> None:
     parts = trainer.split_model(network, normalize(val_set[0, 0]["image"][None].to(accelerator.device)))
     plan = trainer.BatchPlan(len(train_set), optim.batch_size, optim.micro_batch, accelerator.num_processes)
     say(f"data    {data.data}: {len(train_set):,} training, {len(val_set):,} validation images, {len(classes)} classes")
-    say(f"model   {model.name} at {spec.size} px, {backbone.base}")
+    say(f"model   {model.name} at {spec.size} px, {backbone.origin}")
     say(f"train   {freeze_plan}", f"split   {parts}", f"batch   {plan}", f"run     {folder.path}")
+    trainer.agree(accelerator, data=train_images.digest, validation=val_images.digest)
 
-    settings = {"lr": optim.lr, "weight_decay": optim.weight_decay, "momentum": optim.momentum}
     loop = trainer.Trainer(
         accelerator,
         network,
         parts.tail,
-        trainer.build_optimizer(network, optim.optimizer, **settings),
+        trainer.build_optimizer(
+            network, optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
+        ),
         plan=plan,
         lr=partial(trainer.learning_rate, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup),
         epochs=optim.epochs,
         step=trainer.classification(label_smoothing=optim.label_smoothing),
         clip_norm=optim.clip_norm,
         seed=run.seed,
+        exact=run.exact,
         about={
             "freeze_plan": freeze_plan.to_dict(),
             "classes": classes,
@@ -77,21 +81,30 @@ def main(config: Config) -> None:
     workers = trainer.cores_per_process(accelerator) if data.workers is None else data.workers
     through = partial(trainer.Stream, trunk=parts.trunk, normalize=normalize, accelerator=accelerator, workers=workers)
     train, val = through(train_set), through(val_set)
-    if parts.has_trunk:
-        val = trainer.keep(val, plan, limit=run.cache_memory, name="val")
-        train = trainer.keep(train, plan, limit=run.cache_memory, name="train") if data.augment == "none" else train
-
     logs = trainer.Logs(accelerator, folder.path, epochs=optim.epochs, step=loop.step)
-    for _ in range(loop.epoch, optim.epochs):
-        logs.start_epoch(loop)
-        train_means = loop.train_epoch(train, after_step=logs.after_step)
-        val_means = loop.evaluate(val)
-        best = val_means["accuracy"] > loop.metrics.get("best", {"accuracy": -1.0})["accuracy"]
-        loop.metrics = {"train": train_means, "val": val_means, "best": val_means if best else loop.metrics["best"]}
-        logs.end_epoch(loop, best=best)
-        if best:
-            logs.show_predictions(loop, val, val_set, classes)
-        loop.save(folder.checkpoints, best=best, keep=run.keep)
+
+    def after_step(loop: trainer.Trainer) -> None:
+        logs.after_step(loop)
+        if guard.check() | (run.save_every is not None and loop.step % run.save_every == 0):
+            loop.save(folder.checkpoints, keep=run.keep)
+        if run.check_replicas is not None and loop.step % run.check_replicas == 0:
+            loop.check_replicas()
+
+    with folder.outcome(loop, guard, name_of=train_images.name):
+        if parts.has_trunk:
+            kept = partial(trainer.keep, plan=plan, limit=run.cache_memory, between=guard.check)
+            val = kept(val, name="val")
+            train = kept(train, name="train") if data.augment == "none" else train
+        for _ in range(loop.epoch, optim.epochs):
+            logs.start_epoch(loop)
+            train_means = loop.train_epoch(train, after_step=after_step)
+            val_means = loop.evaluate(val, between=guard.check)
+            best = val_means["accuracy"] > loop.metrics.get("best", {"accuracy": -1.0})["accuracy"]
+            loop.finish_epoch(train=train_means, val=val_means, best=val_means if best else loop.metrics["best"])
+            logs.end_epoch(loop, best=best)
+            if best:
+                logs.show_predictions(loop, val, val_set, classes)
+            loop.save(folder.checkpoints, best=best, keep=run.keep)
     logs.close()
     say(f"done: best validation accuracy {loop.metrics['best']['accuracy']:.2%}; {folder.checkpoints / 'best.pt'}")
 
@@ -100,5 +113,5 @@ if __name__ == "__main__":
     settings = parse(__doc__)  # before torch is imported: --help answers at once
     try:
         main(settings)
-    except (ValueError, OSError, trainer.Elsewhere) as error:
+    except (ValueError, OSError, trainer.Elsewhere, trainer.Preempted) as error:
         sys.exit(trainer.fail(error))

@@ -26,6 +26,8 @@ def state(tiny):
         "step": 7,
         "samples": 100,
         "skipped_samples": 0,
+        "training_samples": 50,
+        "totals": {},
         "metrics": {"val": {"accuracy": 0.5}},
         "fingerprint": {"conv.weight": "00"},
         "freeze_plan": {"train": ["fc"], "trainable": ["fc.weight", "fc.bias"]},
@@ -204,13 +206,13 @@ def test_optimizer_state_that_does_not_fit_is_refused_by_name(tiny):
     freeze(tiny, ["fc"])
     optimizer = _stepped(tiny, "adamw")
     saved = checkpoint.optimizer_state(optimizer, tiny)
-    with pytest.raises(CheckpointError, match="trained with AdamW; this run uses SGD"):
+    with pytest.raises(CheckpointError, match=r"trained with AdamW; this run uses SGD"):
         checkpoint.positional_state(saved, build_optimizer(tiny, "sgd"), tiny)
     swapped = {"fc.weight": saved["state"]["fc.bias"], "fc.bias": saved["state"]["fc.weight"]}
     with pytest.raises(CheckpointError, match=r"exp_avg of fc.weight has shape \(3,\); expected \(3, 8\)"):
         checkpoint.positional_state({**saved, "state": swapped}, optimizer, tiny)
     del saved["state"]["fc.bias"]
-    with pytest.raises(CheckpointError, match="other parameters: missing fc.bias"):
+    with pytest.raises(CheckpointError, match=r"other parameters: missing fc\.bias"):
         checkpoint.positional_state(saved, optimizer, tiny)
 
 

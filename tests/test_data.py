@@ -636,11 +636,15 @@ def test_unknown_folders(tmp_path):
 
 def test_folder_wins_over_name(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
-    write_classes("digits", a=2, b=2)
-    assert load_data("digits")[0].classes == ("a", "b")
+    write_classes("MNIST", a=2, b=2)
+    assert load_data("MNIST")[0].classes == ("a", "b")
     assert "taking the folder" in caplog.text
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert load_data("~/digits")[0].classes == ("a", "b")
+    assert load_data("~/MNIST")[0].classes == ("a", "b")
+    write_classes("digits", a=2, b=2)
+    assert len(load_data("digits")[0].classes) == 10, "what the demo is must not depend on the folder it starts in"
+    assert "give ./digits" in caplog.text
+    assert load_data("./digits")[0].classes == ("a", "b")
 
 
 @pytest.mark.parametrize("name", TORCHVISION)

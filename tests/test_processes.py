@@ -17,7 +17,7 @@ def test_start_alone():
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="has a GPU")
 def test_fp16_on_a_cpu_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(UsageError, match="fp16 needs a GPU.*bf16.*no"):
+    with pytest.raises(UsageError, match=r"fp16 needs a GPU.*bf16.*no"):
         processes.start()
 
 

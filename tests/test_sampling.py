@@ -69,9 +69,9 @@ def test_evaluation_counts_each_sample_once(processes):
 def test_plan_prints_its_arithmetic():
     plan = BatchPlan(1000, 64, 8, 4)
     assert (plan.accumulation, plan.steps_per_epoch) == (2, 16)
-    assert str(plan) == (
-        "batch 64 = micro-batch 8 × 4 processes × accumulation 2; 1,000 images = 16 steps an epoch (the last of 40 images)"
-    )
+    first, second = str(plan).split("; ")
+    assert first == "batch 64 = micro-batch 8 × 4 processes × accumulation 2"
+    assert second == "1,000 images = 16 steps an epoch (the last of 40 images)"
 
 
 @pytest.mark.parametrize(

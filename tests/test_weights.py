@@ -75,6 +75,7 @@ def server() -> Iterator[FileServer]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """torch.hub's folder for downloads: a new one for each test, not there yet."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch_home"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     return tmp_path / "torch_home" / "hub" / "checkpoints"
 
 
@@ -352,9 +353,8 @@ def test_formats(net, tmp_path, name):
         lambda state: {f"module.{k}": v for k, v in state.items()},
         lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
         lambda state: {k.replace("conv.", "conv._orig_mod."): v for k, v in state.items()},
-        lambda state: {k: nn.Parameter(v) if v.is_floating_point() else v for k, v in state.items()},
     ],
-    ids=["state_dict", "reference script", "DataParallel", "compiled DDP", "compiled part", "parameters"],
+    ids=["state_dict", "reference script", "DataParallel", "compiled DDP", "compiled part"],
 )
 def test_wrappings_are_taken_off(net, tmp_path, wrap):
     state = other_values(net)
@@ -421,14 +421,28 @@ def test_old_files_lack_num_batches_tracked(net, tmp_path):
     assert net.bn.num_batches_tracked == 0
 
 
-def test_loaded_tensors_have_the_models_dtype_and_their_own_memory(net, tmp_path):
+def test_half_precision_in_a_file_becomes_the_models_dtype(net, tmp_path):
     state = {key: value.half() if value.is_floating_point() else value for key, value in other_values(net).items()}
-    state["bn.bias"] = state["bn.weight"]  # saved as one
     load(net, write(tmp_path / "half.pth", state))
     assert {value.dtype for value in net.parameters()} == {torch.float32}
-    assert net.bn.bias.data_ptr() != net.bn.weight.data_ptr()
+    assert net.bn.num_batches_tracked.dtype == torch.int64
     assert torch.equal(net.conv.weight, state["conv.weight"].float())
-    assert all(parameter.requires_grad for parameter in net.parameters())
+
+
+def test_tensors_that_share_memory_in_a_file_do_not_in_the_model(net, tmp_path):
+    state = other_values(net)
+    state["bn.bias"] = state["bn.weight"]
+    load(net, write(tmp_path / "tied.pth", state))
+    assert torch.equal(net.bn.bias, net.bn.weight)
+    assert net.bn.bias.data_ptr() != net.bn.weight.data_ptr()
+
+
+def test_parameters_train_and_buffers_do_not_whatever_the_file_says(net, tmp_path):
+    state = {key: nn.Parameter(value, value.is_floating_point()) for key, value in other_values(net).items()}
+    load(net, write(tmp_path / "parameters.pth", state))
+    assert torch.equal(net.bn.running_mean, state["bn.running_mean"])
+    assert all(value.requires_grad and value.is_leaf for value in net.parameters())
+    assert not any(value.requires_grad for value in net.buffers())
 
 
 def test_names_of_old_densenet_files(tmp_path):

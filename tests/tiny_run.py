@@ -1,79 +1,207 @@
-"""Train TinyNet on random images and save what came of it; run on 1, 2 and 4 processes by test_trainer.py.
+"""A whole run in a second: TinyNet on random images, with everything in it that could break exactness.
 
-python tests/tiny_run.py OUT.pt [--train PATTERNS] [--epochs N] [--stop N] [--checkpoints FOLDER] [--resume FILE] ...
+Shuffling, augmentation that draws from `random`, numpy and torch, dropout, AdamW, warm-up and cosine, accumulation,
+clipping, an uneven last window, an evaluation each epoch, checkpoints in mid-epoch. A ledger holds one line per step.
+
+    python tests/tiny_run.py FOLDER [--kill EVENT] [--exact] ...       # resumes what FOLDER holds
+
+With --kill the process sends itself SIGKILL at an event: start, micro:STEP:NUMBER, step:STEP, trained:EPOCH,
+evaluating:EPOCH, evaluated:EPOCH, fsync:N, replace:N, pruned:N, saved:STEP, done. Tests import `run`, or launch it.
 """
 
 import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from conftest import TinyNet
 
 import trainer
+from trainer import checkpoint
+from trainer.freezing import digest
 from trainer.sampling import random_key
 
 parser = argparse.ArgumentParser()
-parser.add_argument("out", type=Path)
-parser.add_argument("--train", nargs="+", default=["block", "fc"])
+parser.add_argument("folder", type=Path)
+parser.add_argument("--kill", default=None)
+parser.add_argument("--kill-rank", type=int, default=0)
+parser.add_argument("--by", default="KILL", help="the signal, such as TERM")
+parser.add_argument("--train", nargs="+", default=["fc"])
 parser.add_argument("--samples", type=int, default=37)
 parser.add_argument("--batch-size", type=int, default=8)
 parser.add_argument("--micro-batch", type=int, default=2)
-parser.add_argument("--epochs", type=int, default=4)
-parser.add_argument("--stop", type=int, default=None)
-parser.add_argument("--optimizer", default="adamw")
+parser.add_argument("--epochs", type=int, default=3)
+parser.add_argument("--stop", type=int, default=None, help="end after this many epochs, as if that were all")
 parser.add_argument("--workers", type=int, default=0)
+parser.add_argument("--save-every", type=int, default=2)
 parser.add_argument("--cache", action="store_true")
-parser.add_argument("--checkpoints", type=Path)
-parser.add_argument("--resume", type=Path)
+parser.add_argument("--exact", action="store_true")
+parser.add_argument("--flip", action="store_true", help="change one bit of process 1's head after the second step")
+parser.add_argument("--nan", type=int, default=None, help="sample whose loss is not a number")
 
 
 def augment(image: torch.Tensor) -> torch.Tensor:
-    return image.flip(-1) if torch.rand(()) < 0.5 else image
+    image = image.flip(-1) if torch.rand(()) < 0.5 else image
+    image = image.flip(-2) if random.random() < 0.5 else image
+    return image.roll(int(np.random.randint(3)), -1)
 
 
-def main(options: argparse.Namespace) -> None:
-    accelerator = trainer.start()
+class Events:
+    """Kills this process at one of them."""
+
+    def __init__(self, kill: str | None, by: str = "KILL"):
+        self.signal = signal.Signals[f"SIG{by}"]
+        first_try = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+        self.kill, self.counts = kill if first_try else None, dict.fromkeys(("fsync", "replace", "pruned"), 0)
+
+    def __call__(self, *name: object) -> None:
+        if self.kill == ":".join(map(str, name)):
+            os.kill(os.getpid(), self.signal)
+
+    def after(self, module, function: str, name: str) -> None:
+        """Count the calls of a file operation; each is an event."""
+        original = getattr(module, function)
+
+        def counted(*args, **kwargs):
+            result = original(*args, **kwargs)
+            self.counts[name] += 1
+            self(name, self.counts[name])
+            return result
+
+        setattr(module, function, counted)
+
+
+def run(options: argparse.Namespace) -> None:
+    accelerator = trainer.start(exact=options.exact)
+    rank = accelerator.process_index
+    event = Events(options.kill if rank == options.kill_rank else None, options.by)
+    event.after(os, "fsync", "fsync")
+    event.after(os, "replace", "replace")
+    event.after(checkpoint, "prune", "pruned")
+    guard = trainer.Preemption(accelerator)
+    guard.armed = True
+    event("start")
+
     draw = torch.Generator().manual_seed(random_key("images"))
     count = options.samples
     images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=draw)
     labels = [int(image.float().mean() * 10) % 3 for image in images]
     torch.manual_seed(0)
     model = TinyNet()
-    plan = trainer.freeze(model, options.train)
+    freeze_plan = trainer.freeze(model, options.train)
     normalize = trainer.Normalize((0.5,) * 3, (0.25,) * 3)
     parts = trainer.split_model(model, normalize(images[:1]))
-    optimizer = trainer.build_optimizer(model, options.optimizer, lr=0.05)
-    batches = trainer.BatchPlan(count, options.batch_size, options.micro_batch, accelerator.num_processes)
+    plan = trainer.BatchPlan(count, options.batch_size, options.micro_batch, accelerator.num_processes)
+    seen: list[tuple[list[int], str]] = []
+    plain = trainer.classification(label_smoothing=0.1)
+
+    def step(model, batch):
+        if model.training:
+            event("micro", loop.step + 1, len(seen))
+            seen.append((batch["index"].tolist(), digest(batch["inputs"][0])))
+        outputs = plain(model, batch)
+        if options.nan is not None and model.training:
+            outputs["loss"] = outputs["loss"] * torch.where(batch["index"] == options.nan, float("nan"), 1.0)
+        return outputs
+
     loop = trainer.Trainer(
         accelerator,
         model,
         parts.tail,
-        optimizer,
-        plan=batches,
+        trainer.build_optimizer(model, lr=0.05),
+        plan=plan,
         lr=partial(trainer.learning_rate, peak=0.05, warmup=0.1),
         epochs=options.epochs,
+        step=step,
         clip_norm=1.0,
-        about={"freeze_plan": plan.to_dict(), "classes": ["a", "b", "c"], "base": {}, "config": {}},
+        exact=options.exact,
+        about={"freeze_plan": freeze_plan.to_dict(), "classes": ["a", "b", "c"], "base": {}, "config": {}},
     )
-    transform = (lambda image: image) if options.cache else augment
     source = partial(trainer.Stream, trunk=parts.trunk, normalize=normalize, accelerator=accelerator)
+    transform = (lambda image: image) if options.cache else augment
     train = source(trainer.KeyedDataset(images, labels, transform, seed=0), workers=options.workers)
     val = source(trainer.KeyedDataset(images[:23], labels[:23], lambda image: image, seed=0))
     if options.cache:
-        train, val = (trainer.keep(part, batches, limit=1) for part in (train, val))
-    if options.resume:
-        loop.load(options.resume)
-    counted = []
-    for _ in range(loop.epoch, options.stop or options.epochs):
-        means = loop.train_epoch(train, after_step=lambda _, totals: counted.append(totals.count))
-        loop.metrics = {"train": means, "val": loop.evaluate(val)}
-        if options.checkpoints:
-            loop.save(options.checkpoints, keep=9)
-    state = loop.state() | {"counted": counted, "replica": {k: v.clone() for k, v in model.state_dict().items()}}
-    torch.save(state, options.out.with_suffix(f".{accelerator.process_index}.pt"))
+        train, val = (trainer.keep(part, plan, limit=1) for part in (train, val))
+    checkpoints = options.folder / "checkpoints"
+    newest = trainer.from_main(accelerator, lambda: checkpoint.newest(checkpoints))
+    if newest is not None:
+        loop.load(newest)
+    ledger = options.folder / f"ledger.{rank}.jsonl"
+    lines = ledger.read_text().splitlines() if ledger.exists() else []
+    ledger.write_text("".join(line + "\n" for line in lines if _step(line) <= loop.step))
+
+    def after_step(loop):
+        data = sorted(gather_object(list(seen)))
+        seen.clear()
+        totals = loop.totals.over_processes(accelerator)
+        line = {
+            "step": loop.step,
+            "epoch": loop.epoch,
+            "rate": loop.rate.hex(),
+            "totals": {name: value.hex() for name, value in totals.items()},
+            "data": hashlib.sha256(repr(data).encode()).hexdigest()[:16],
+            "weights": {name: digest(parameter) for name, parameter in loop.trainable.items()},
+            "optimizer": state_digest(checkpoint.optimizer_state(loop.optimizer.optimizer, model)),
+        }
+        with open(ledger, "a") as file:
+            file.write(json.dumps(line) + "\n")
+        event("step", loop.step)
+        if options.flip and rank == 1 and loop.step == 2:
+            model.fc.bias.data.view(torch.int32)[0] ^= 1
+        if options.flip:
+            loop.check_replicas()
+        if guard.check() or loop.step % options.save_every == 0:
+            loop.save(checkpoints, keep=2)
+            event("saved", loop.step)
+
+    try:
+        for epoch in range(loop.epoch, options.stop or options.epochs):
+            means = loop.train_epoch(train, after_step=after_step)
+            event("trained", epoch)
+            val_means = loop.evaluate(val, between=lambda epoch=epoch: (event("evaluating", epoch), guard.check()))
+            event("evaluated", epoch)
+            loop.finish_epoch(train=means, val=val_means)
+            loop.save(checkpoints, keep=2)
+            event("saved", loop.step)
+    except trainer.Preempted:
+        loop.save(checkpoints, keep=2)
+        raise
+    event("done")
+    state = loop.state()
+    replica = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    torch.save(state | {"replica": replica}, options.folder / f"end.{rank}.pt")
+    (options.folder / f"end.{rank}.txt").write_text(state_digest({**state, "replica": replica}))
     accelerator.end_training()
 
 
+def _step(line: str) -> int:
+    with suppress(json.JSONDecodeError):
+        return json.loads(line)["step"]
+    return 1 << 60  # torn by a kill
+
+
+def state_digest(value: object) -> str:
+    """One hash of nested plain types and tensors."""
+    if isinstance(value, torch.Tensor):
+        return digest(value)
+    if isinstance(value, dict):
+        value = [(key, state_digest(value[key])) for key in sorted(value)]
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
 if __name__ == "__main__":
-    main(parser.parse_args())
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        run(options)
+    except (ValueError, trainer.Preempted) as error:
+        raise SystemExit(trainer.fail(error)) from None

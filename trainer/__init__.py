@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from trainer.freezing import FreezePlan, fingerprint, freeze, frozen_tensors, trained_tensors
     from trainer.logs import Logs
     from trainer.optim import build_optimizer, learning_rate
-    from trainer.processes import Elsewhere, cores_per_process, fail, from_main, in_turn, say, start
+    from trainer.preemption import Preempted, Preemption
+    from trainer.processes import Elsewhere, agree, cores_per_process, fail, from_main, in_turn, say, start
     from trainer.run import RunFolder, open_run
     from trainer.sampling import BatchPlan, KeyedDataset
     from trainer.split import Split, split_model
@@ -30,7 +31,8 @@ _HOME = {
     "freezing": ("FreezePlan", "fingerprint", "freeze", "frozen_tensors", "trained_tensors"),
     "logs": ("Logs",),
     "optim": ("build_optimizer", "learning_rate"),
-    "processes": ("Elsewhere", "cores_per_process", "fail", "from_main", "in_turn", "say", "start"),
+    "preemption": ("Preempted", "Preemption"),
+    "processes": ("Elsewhere", "agree", "cores_per_process", "fail", "from_main", "in_turn", "say", "start"),
     "run": ("RunFolder", "open_run"),
     "sampling": ("BatchPlan", "KeyedDataset"),
     "split": ("Split", "split_model"),

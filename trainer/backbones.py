@@ -66,6 +66,14 @@ class Backbone:
     input: InputSpec
     base: dict[str, str | int]
 
+    @property
+    def origin(self) -> str:
+        """Where the frozen weights come from, for people."""
+        if self.base["source"] == "random":
+            return f"random weights from seed {self.base['seed']}: its frozen features are random, not learned"
+        named = {"torchvision": "weights", "file": "path", "url": "url"}.get(self.base["source"])
+        return f"weights {self.base[named]}" if named else "weights as they came with the module"
+
 
 def model_names() -> list[str]:
     """Names of torchvision's classification models, sorted; nothing else is ever built from a name."""

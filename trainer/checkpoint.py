@@ -35,12 +35,14 @@ _NAME = re.compile(r"step-(\d{8,})\.pt")
 #   optimizer    {"kind": "AdamW", "state": {parameter name: {"exp_avg": tensor, ...}}}
 #   scaler       GradScaler's state, or None
 #   epoch, step, samples, skipped_samples      progress: finished epochs, updates, samples used, those without an update
+#   training_samples   in an epoch: what progress is counted in
+#   totals       sums of the metrics over the samples used in the epoch under way; empty between epochs
 #   metrics      {"train": {...}, "val": {...}, "best": {...}} of the last finished epoch
 #   fingerprint  {name: sha256}: the frozen tensors, which the file does not hold
 #   freeze_plan, classes, base, config         how to build the model again, and the run
 KEYS = {
-    *("format", "model", "optimizer", "scaler", "epoch", "step", "samples", "skipped_samples", "metrics"),
-    *("fingerprint", "freeze_plan", "classes", "base", "config"),
+    *("format", "model", "optimizer", "scaler", "epoch", "step", "samples", "skipped_samples", "training_samples"),
+    *("totals", "metrics", "fingerprint", "freeze_plan", "classes", "base", "config"),
 }
 State = dict[str, Any]
 

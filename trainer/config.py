@@ -91,6 +91,17 @@ class RunConfig:
 
     seed: int = 0
     """Of everything random: new weights, order, augmentation, dropout, splits."""
+    exact: bool = False
+    """End in the same bits on any number of processes: gradients are summed in one order, on one CPU thread, or with
+    deterministic GPU algorithms. Slower."""
+    save_every: int | None = None
+    """Optimizer steps between checkpoints in mid-epoch; None: at the end of each epoch alone."""
+    save_minutes: float | None = None
+    """Minutes between checkpoints in mid-epoch; None: no such limit."""
+    time_limit: float | None = None
+    """Minutes after which the run saves, stops and exits with 75, to be resumed: a little before, not after."""
+    check_replicas: int | None = None
+    """Optimizer steps between bitwise comparisons of the processes' weights; None: never."""
     keep: int = 2
     """Newest checkpoints to keep, at least 2; the best one is kept besides."""
     cache_memory: float = 2.0
@@ -101,6 +112,8 @@ class RunConfig:
     """auto: continue the newest checkpoint of the output folder, or start; or the path of a checkpoint or run."""
     overwrite: bool = False
     """Delete the run that the output folder holds."""
+    override: bool = False
+    """Resume even with another model, seed, batch size, optimizer or freeze plan than the run had."""
     config: str | None = None
     """YAML file of settings, such as the config.yaml of a run; flags override it."""
 
@@ -119,7 +132,7 @@ class Config:
 _DEMO = ["--augment=none", "--image-size=64", "--workers=0", "--weights=none"]
 _DEMO += ["--epochs=40", "--lr=0.1", "--label-smoothing=0.1"]
 # How a run was started, not what it is: left out of its config.yaml, so that the file repeats the run elsewhere.
-_NOT_STORED = ("output", "resume", "overwrite", "config")
+_NOT_STORED = ("output", "resume", "overwrite", "override", "config")
 # What a resumed run must share with the run it continues.
 _FIXED = ("val_fraction", "augment", "image_size", "name", "train", "batch_size", "optimizer", "seed")
 
@@ -134,6 +147,8 @@ def parse(description: str = "", arguments: list[str] | None = None) -> Config:
         arguments: of the command line; None takes `sys.argv`.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        arguments = [*arguments, "--resume=auto"]  # the launcher started us again (--max_restarts): go on
     try:
         config = _parse(arguments, description)
         stored, settings = [], []
@@ -145,7 +160,7 @@ def parse(description: str = "", arguments: list[str] | None = None) -> Config:
             stored = _arguments(values)
             config = _parse(stored + settings + arguments, description)
             _check_resume(values, config)
-        if config.data.data == "digits":
+        if config.data.data.lower() == "digits":
             config = _parse(_DEMO + stored + settings + arguments, description)
         elif Path(config.data.data).is_dir():
             config.data.data = os.path.abspath(config.data.data)  # the stored form works from anywhere
@@ -241,10 +256,10 @@ def _check_resume(stored: dict[str, Any], config: Config) -> None:
             new = now.get(group, {}).get(name)
             if new == value:
                 continue
-            if name in _FIXED:
+            if name in _FIXED and not config.run.override:
                 raise UsageError(
-                    f"--resume: the run has {name} {value!r}, the command line {new!r}. "
-                    f"Leave the flag away to continue it, or start a new run with --output."
+                    f"--resume: the run has {name} {value!r}, the command line {new!r}. Leave the flag away to "
+                    "continue it as it is, start a new run with --output, or insist with --override."
                 )
             print(f"resume: {name}: {value} → {new}")
 
@@ -265,6 +280,10 @@ def _check(config: Config) -> None:
         ("momentum", o.momentum, 0 <= o.momentum < 1, "0 or more, below 1"),
         ("clip-norm", o.clip_norm, o.clip_norm is None or o.clip_norm > 0, "above 0"),
         ("label-smoothing", o.label_smoothing, 0 <= o.label_smoothing < 1, "0 or more, below 1"),
+        ("save-every", r.save_every, r.save_every is None or r.save_every >= 1, "at least 1 step"),
+        ("save-minutes", r.save_minutes, r.save_minutes is None or r.save_minutes > 0, "more than 0 minutes"),
+        ("time-limit", r.time_limit, r.time_limit is None or r.time_limit > 0, "more than 0 minutes"),
+        ("check-replicas", r.check_replicas, r.check_replicas is None or r.check_replicas >= 1, "at least 1 step"),
         ("keep", r.keep, r.keep >= 2, "at least 2: while one is written, the other must exist"),
         ("cache-memory", r.cache_memory, r.cache_memory >= 0, "0 GiB or more"),
     ):

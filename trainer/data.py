@@ -1,7 +1,7 @@
 """Owns the images: data sets, class names, decoding, transforms.
 
     train, val = load_data("~/photos")                  # or "digits", "CIFAR10", "flowers102", ...
-    crop = train_transform("crop", size=224, resize=256, interpolation=InterpolationMode.BILINEAR)
+    crop = train_transform("crop", size=224, resize=256)
     image, label = crop(train[0]), train.labels[0]      # uint8 [3, 224, 224] and an index into train.classes
 
 Images stay uint8 until they are on the device (`Normalize`): a quarter of the bytes to move. For data of your own,
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode, v2
 
-from .errors import DataError, UsageError
+from trainer.errors import DataError, UsageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # in order of preference
@@ -58,6 +58,13 @@ class Images:
         """What messages call the image, such as its path or `CIFAR10 train[17]`. Always printable."""
         return f"{type(self).__name__}[{index}]"
 
+    def digest(self) -> str:
+        """A sha256 of the classes, labels and file names: the same on machines that hold the same data."""
+        sha256 = hashlib.sha256(repr((self.classes, self.labels)).encode())
+        for index in range(len(self)):
+            sha256.update("/".join(self.name(index).split("/")[-2:]).encode() + b"\n")
+        return sha256.hexdigest()[:16]
+
 
 class Subset(Images):
     """The images at `indices` of another source, in that order."""
@@ -78,7 +85,8 @@ def load_data(
 ) -> tuple[Images, Images]:
     """The training and the validation images of `data`, with the same classes.
 
-    `data` is a folder, the name of a torchvision data set in any case, or "digits", the built-in one; a folder wins.
+    `data` is a folder, the name of a torchvision data set in any case, or "digits", the built-in one. A folder wins,
+    except over "digits".
     A folder holds `train/` and one of `val/ valid/ validation/ test/`, each with a folder per class, or just the
     folders of the classes. Where there are no validation images, `val_fraction` of every class is split off, by
     `seed`. torchvision's data sets are kept under `root`; the first call downloads them, so with several processes
@@ -91,12 +99,14 @@ def load_data(
     folder = os.path.expanduser(data)
     names = {name.lower(): name for name in ("digits", *TORCHVISION)}
     name = names.get(data.lower())
-    if os.path.isdir(folder):
+    if name == "digits":  # what the program does without --data must not depend on the folder it is started in
+        if os.path.isdir(folder):
+            logger.warning("digits is the built-in data set; for the folder of that name give ./digits")
+        train, val = Digits(), None
+    elif os.path.isdir(folder):
         if name:
             logger.warning("%s is a data set and, here, also a folder: taking the folder", data)
         train, val = _load_folder(folder)
-    elif name == "digits":
-        train, val = Digits(), None
     elif name:
         train, val = _load_torchvision(name, root)
     else:
@@ -515,7 +525,7 @@ def _listed(names: Iterable[str], limit: int = 20) -> str:
 
 
 def train_transform(
-    augment: str, *, size: int, resize: int, interpolation: InterpolationMode
+    augment: str, *, size: int, resize: int, interpolation: str = "bilinear"
 ) -> Callable[[Tensor], Tensor]:
     """`augment`: "none" is the evaluation transform; "flip" adds a horizontal flip of every second image; "crop" is a
     random crop of 8 to 100 % of the area, sides 3:4 to 4:3, with such a flip (`resize` is not used). Pixels.
@@ -526,16 +536,16 @@ def train_transform(
     if augment == "flip":
         return v2.Compose([plain, v2.RandomHorizontalFlip()])
     if augment == "crop":
-        crop = v2.RandomResizedCrop(size, interpolation=interpolation, antialias=True)
+        crop = v2.RandomResizedCrop(size, interpolation=InterpolationMode(interpolation), antialias=True)
         return v2.Compose([crop, v2.RandomHorizontalFlip()])
     raise UsageError(f"augment is {augment!r}: expected one of {', '.join(AUGMENTATIONS)}")
 
 
-def eval_transform(*, size: int, resize: int, interpolation: InterpolationMode) -> Callable[[Tensor], Tensor]:
+def eval_transform(*, size: int, resize: int, interpolation: str = "bilinear") -> Callable[[Tensor], Tensor]:
     """Shorter side to `resize` pixels, then the central `size` x `size`, bit for bit as torchvision's presets do it."""
     # The presets' own transforms. Those of v2 take 0.3 ms for 500 x 375 and not 2.4, but round one value in six
     # differently, and not on every CPU.
-    shrink = transforms.Resize(resize, interpolation=interpolation, antialias=True)
+    shrink = transforms.Resize(resize, interpolation=InterpolationMode(interpolation), antialias=True)
     return transforms.Compose([shrink, transforms.CenterCrop(size)])
 
 

@@ -4,6 +4,8 @@ Messages say what was given, what was expected and what to do. `train.py` prints
 a traceback; called from a notebook or a test they are ordinary `ValueError`s.
 """
 
+from collections.abc import Sequence
+
 
 class UsageError(ValueError):
     """A flag, a configuration value or an argument is wrong (exit code 2)."""
@@ -24,6 +26,15 @@ class CheckpointError(ValueError):
 
 
 class NumericalError(ValueError):
-    """The loss or a gradient is not finite (exit code 70)."""
+    """Training went wrong in its numbers (exit code 70, `EX_SOFTWARE`).
+
+    Attributes:
+        step: the optimizer step, counted from 1.
+        samples: indices of the training samples of that step.
+    """
 
     exit_code = 70
+
+    def __init__(self, message: str, *, step: int, samples: Sequence[int] = ()):
+        super().__init__(message)
+        self.step, self.samples = step, list(samples)

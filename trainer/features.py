@@ -6,7 +6,7 @@ augmentation alone: a frozen trunk is a pure function of the image.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -81,7 +81,9 @@ class Kept:
             yield {"inputs": inputs, "label": self.labels.index_select(0, rows), "index": index}
 
 
-def keep(stream: Stream, plan: BatchPlan, *, limit: float, name: str = "") -> Source:
+def keep(
+    stream: Stream, plan: BatchPlan, *, limit: float, name: str = "", between: Callable[[], None] = lambda: None
+) -> Source:
     """Compute all features once, each process its share, and keep them on every process (a collective).
 
     Args:
@@ -89,6 +91,7 @@ def keep(stream: Stream, plan: BatchPlan, *, limit: float, name: str = "") -> So
         plan: its micro-batch and processes are used.
         limit: GiB that the features may take on each process; if they would take more, `stream` itself comes back.
         name: for the progress bar.
+        between: called after each batch, the same number of times on every process.
     """
     accelerator, samples = stream.accelerator, len(stream)
     ranks, rank = plan.processes, accelerator.process_index
@@ -106,11 +109,13 @@ def keep(stream: Stream, plan: BatchPlan, *, limit: float, name: str = "") -> So
     labels = probe["label"].new_empty(samples)
     batches = stream.batches(mine, epoch=0)
     quiet = True if not accelerator.is_main_process else None  # None: quiet unless on a terminal
-    for some, batch in zip(mine, tqdm(batches, f"features {name}", len(mine), leave=False, disable=quiet), strict=True):
-        rows = slice(some[0], some[-1] + 1)
-        labels[rows] = batch["label"]
-        for kept, computed in zip(inputs, batch["inputs"], strict=True):
-            kept[rows] = computed
+    for turn in tqdm(range(blocks), f"features {name}", leave=False, disable=quiet):
+        if turn < len(mine):
+            batch, rows = next(batches), slice(mine[turn][0], mine[turn][-1] + 1)
+            labels[rows] = batch["label"]
+            for kept, computed in zip(inputs, batch["inputs"], strict=True):
+                kept[rows] = computed
+        between()
     if ranks > 1:
         for owner in range(ranks):
             for tensor in (*inputs, labels):

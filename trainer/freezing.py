@@ -145,14 +145,15 @@ def _tensors(model: nn.Module, *, trained: bool) -> Iterator[tuple[str, torch.Te
 
 def fingerprint(model: nn.Module) -> Fingerprint:
     """The sha256 of each frozen parameter and buffer: what a checkpoint's tail was trained on."""
-    return {name: _digest(tensor) for name, tensor in frozen_tensors(model).items()}
+    return {name: digest(tensor) for name, tensor in frozen_tensors(model).items()}
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def digest(tensor: torch.Tensor) -> str:
+    """The sha256 of a tensor's dtype, shape and bytes; its first 16 hex digits."""
     tensor = tensor.detach().cpu().contiguous()
-    digest = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
-    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())  # numpy has no bfloat16: hash the bytes
-    return digest.hexdigest()[:16]
+    sha256 = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
+    sha256.update(tensor.reshape(-1).view(torch.uint8).numpy())  # numpy has no bfloat16: hash the bytes
+    return sha256.hexdigest()[:16]
 
 
 def check_fingerprint(found: Fingerprint, expected: Fingerprint) -> None:

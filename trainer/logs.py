@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from trainer import run
 from trainer.features import Source
-from trainer.metrics import Totals
+from trainer.metrics import means
 from trainer.sampling import KeyedDataset
 from trainer.trainer import Trainer
 
@@ -53,27 +53,31 @@ class Logs:
         """Begin the progress bar of the trainer's next epoch."""
         quiet = True if not self.accelerator.is_main_process else None  # None: quiet unless on a terminal
         title = f"epoch {trainer.epoch + 1}/{self.epochs}"
-        self._bar = tqdm(desc=title, total=trainer.plan.steps_per_epoch, leave=False, disable=quiet)
-        self._began, self._start, self._shown, self._mark = time.perf_counter(), trainer.samples, 0.0, ([], [])
+        done = (trainer.samples - trainer.epoch * trainer.plan.samples) // trainer.plan.batch_size
+        steps = trainer.plan.steps_per_epoch
+        self._bar = tqdm(desc=title, initial=done, total=steps, leave=False, disable=quiet)
+        self._began, self._start, self._shown, self._mark = (
+            time.perf_counter(),
+            trainer.samples,
+            0.0,
+            trainer.totals.sums(),
+        )
 
-    def after_step(self, trainer: Trainer, totals: Totals) -> None:
-        """Show progress, at most twice a second, and a point of the curves every few steps.
-
-        Args:
-            totals: of this process in this epoch.
-        """
+    def after_step(self, trainer: Trainer) -> None:
+        """Show progress, at most twice a second, and a point of the curves every few steps."""
         if not self.accelerator.is_main_process:
             return
         self._bar.update()
         now = time.perf_counter()
-        if not self._bar.disable and now - self._shown > 0.5:  # the means are a copy from the device: not every step
-            shown = {name: f"{value:.4f}" for name, value in totals.means().items()}
+        if not self._bar.disable and now - self._shown > 0.5:  # sums are a copy from the device: not every step
+            shown = {name: f"{value:.4f}" for name, value in means(trainer.totals.sums()).items()}
             rate = (trainer.samples - self._start) / (now - self._began)
             self._bar.set_postfix(shown | {"images/s": f"{rate:,.0f}"}, refresh=False)
             self._shown = now
         if trainer.step % self.every == 0:
-            recent, self._mark = totals.means(since=self._mark), totals.sums()
-            self._track({f"step/{name}": value for name, value in recent.items()} | {"step/lr": trainer.rate}, trainer)
+            sums = trainer.totals.sums()
+            recent, self._mark = means(sums, since=self._mark), sums
+            self._track(trainer, {f"step/{name}": value for name, value in recent.items()} | {"step/lr": trainer.rate})
 
     def end_epoch(self, trainer: Trainer, *, best: bool) -> None:
         """One line on the console and in metrics.jsonl, one point per curve, from `trainer.metrics`.
@@ -88,12 +92,12 @@ class Logs:
         seconds = time.perf_counter() - self._began
         rate = (trainer.samples - self._start) / seconds
         parts = [f"epoch {trainer.epoch:>{len(str(self.epochs))}}/{self.epochs}"]
-        for title, means in (("train", train), ("val", val)):
-            parts.append(" ".join([title, *(f"{name} {value:.4f}" for name, value in means.items())]))
+        for title, values in (("train", train), ("val", val)):
+            parts.append(" ".join([title, *(f"{name} {value:.4f}" for name, value in values.items())]))
         parts += [f"lr {trainer.rate:.2e}", f"{rate:,.0f} images/s", f"{seconds:.1f} s", *(["best"] if best else [])]
         print("  ".join(parts), flush=True)
         curves = {f"{part}/{name}": value for part in ("train", "val") for name, value in trainer.metrics[part].items()}
-        self._track(curves | {"lr": trainer.rate, "images_per_second": rate}, trainer)
+        self._track(trainer, curves | {"lr": trainer.rate, "images_per_second": rate})
         line = {"epoch": trainer.epoch, "step": trainer.step, "train": train, "val": val, "lr": trainer.rate}
         self._quietly(run.append_metrics, self.folder, line | {"images_per_second": rate})
 
@@ -118,7 +122,7 @@ class Logs:
         """Write out what is buffered."""
         self._quietly(self.accelerator.end_training)
 
-    def _track(self, values: dict[str, float], trainer: Trainer) -> None:
+    def _track(self, trainer: Trainer, values: dict[str, float]) -> None:
         self._quietly(self.accelerator.log, values, step=trainer.step)
 
     def _quietly(self, function: Any, *args: Any, **kwargs: Any) -> None:

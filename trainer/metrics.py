@@ -2,58 +2,59 @@
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor
+
+_UNIT = 2.0**-24  # values are rounded to multiples of this: below the precision of a float32 of size 1
+
+Sums = dict[str, float]  # of each metric over its samples, and their number under "samples"
 
 
 class Totals:
-    """Sums of per-sample vectors and the number of samples, on the device: no host copy until `means`.
+    """Sums of per-sample vectors and the number of samples, on the device: no host copy until they are read.
 
-    Sums are float64 (float32 on MPS, which has no float64): counts of samples and of hits stay exact integers, so a
-    ratio of them is the same for any number of processes.
+    Values are rounded to multiples of 2⁻²⁴ and summed in float64, where such sums are exact up to 2²⁹: the order of the
+    batches and the number of processes change no bit of a mean. (On MPS, which has no float64, sums are float32.)
+
+    Args:
+        device: of the vectors.
+        start: sums to go on from.
     """
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, start: Sums | None = None):
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
-        self._device = device
-        self._names: list[str] = []
-        self._sums: Tensor | None = None  # [number of metrics + 1], the last being the count
+        self._names = sorted(start or {})
+        self._sums = torch.tensor([(start or {})[name] for name in self._names], dtype=self._dtype, device=device)
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add one batch: vectors of shape `[B]`, the same names each time."""
-        names = sorted(values)
-        row = torch.stack([values[name].detach().sum(dtype=self._dtype) for name in names])
-        row = torch.cat([row, row.new_full((1,), len(values[names[0]]))])
-        self._names, self._sums = names, row if self._sums is None else self._sums + row
+        size = len(next(iter(values.values())))
+        rows = {name: self._exact(value.detach()) for name, value in values.items()}
+        rows["samples"] = self._sums.new_full((), size)
+        names = sorted(rows)
+        row = torch.stack([rows[name] for name in names])
+        self._sums = self._sums + row if self._names else row
+        self._names = names
 
-    def over_processes(self, accelerator: Accelerator) -> "Totals":
-        """The totals of all processes, on each of them (a collective). A process may have added nothing."""
+    def _exact(self, value: Tensor) -> Tensor:
+        if value.is_floating_point() and self._dtype == torch.float64:
+            value = (value.double() / _UNIT).round() * _UNIT  # by a power of two: exact, and NaN stays NaN
+        return value.sum(dtype=self._dtype)
+
+    def sums(self) -> Sums:
+        """The sums (one host copy); empty before the first batch."""
+        return dict(zip(self._names, self._sums.tolist(), strict=True))
+
+    def over_processes(self, accelerator: Accelerator) -> Sums:
+        """The sums of all processes, on each of them (a collective). A process may have added nothing."""
         if accelerator.num_processes == 1:
-            return self
-        from accelerate.utils import gather_object
+            return self.sums()
+        found = [sums for sums in gather_object([self.sums()]) if sums]
+        return {name: sum(sums[name] for sums in found) for name in found[0]} if found else {}
 
-        total = Totals(self._device)
-        rows = gather_object([(self._names, None if self._sums is None else self._sums.tolist())])
-        for names, row in rows:  # in the order of the ranks
-            if row is not None:
-                row = torch.tensor(row, dtype=self._dtype, device=self._device)
-                total._names, total._sums = names, row if total._sums is None else total._sums + row
-        return total
 
-    @property
-    def count(self) -> int:
-        """Samples added (a host copy)."""
-        return 0 if self._sums is None else int(self._sums[-1].item())
-
-    def sums(self) -> tuple[list[str], list[float]]:
-        """Names, and their sums with the count last (one host copy): a mark for `means(since=...)`."""
-        return (self._names, []) if self._sums is None else (self._names, self._sums.tolist())
-
-    def means(self, *, since: tuple[list[str], list[float]] = ([], [])) -> dict[str, float]:
-        """The mean of each metric over the samples added (one host copy), since a mark if one is given.
-
-        Empty before the first sample.
-        """
-        names, sums = self.sums()
-        if since[1]:
-            sums = [now - before for now, before in zip(sums, since[1], strict=True)]
-        return {name: value / sums[-1] for name, value in zip(names, sums, strict=False)} if any(sums[-1:]) else {}
+def means(sums: Sums, *, since: Sums | None = None) -> dict[str, float]:
+    """The mean of each metric over the samples of `sums`, or over those added `since` others; empty without any."""
+    rest = {name: value - (since or {}).get(name, 0.0) for name, value in sums.items()}
+    samples = rest.pop("samples", 0.0)
+    return {name: value / samples for name, value in rest.items()} if samples else {}

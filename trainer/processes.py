@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import TypeVar
 
 import torch
@@ -14,8 +15,12 @@ from trainer.errors import UsageError
 T = TypeVar("T")
 
 
-def start() -> Accelerator:
+def start(*, exact: bool = False) -> Accelerator:
     """The Accelerator of this process, with what `accelerate launch` (or nothing) chose: device, processes, precision.
+
+    Args:
+        exact: compute the same bits on any number of processes of one kind of machine: one CPU thread, and on GPUs
+            deterministic algorithms, without TF32 (https://docs.pytorch.org/docs/stable/notes/randomness.html).
 
     Raises:
         UsageError: the launcher asked for something that would silently not happen.
@@ -30,6 +35,12 @@ def start() -> Accelerator:
             "mixed_precision fp16 needs a GPU: on a CPU nothing would be computed in fp16. "
             "Launch with --mixed_precision bf16 (the same range as fp32, no scaler), or with --mixed_precision no."
         )
+    if exact:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.set_num_threads(1)  # a sum over two threads has other bits than one over one
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     accelerator = Accelerator(cpu=cpu)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
@@ -108,7 +119,25 @@ def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     return broadcast_object_list(result)[0] if accelerator.num_processes > 1 else result[0]
 
 
-def fail(error: Exception) -> int:
+def agree(accelerator: Accelerator, **facts: Callable[[], str]) -> None:
+    """Compare the versions of the libraries, and facts that every process must share (a collective).
+
+    Raises:
+        UsageError: on every process; names the first fact that differs, with the value of each process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    mine = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
+    mine |= {name: fact() for name, fact in facts.items()}
+    found = gather_object([mine])
+    for name in mine:
+        values = [others[name] for others in found]
+        if len(set(values)) > 1:
+            each = ", ".join(f"process {rank}: {value}" for rank, value in enumerate(values))
+            raise UsageError(f"the processes differ in {name}: {each}. All machines need the same data and versions.")
+
+
+def fail(error: BaseException) -> int:
     """Print an error that a user can mend as one message, without a traceback; gives the exit code.
 
     Every process fails, one speaks.

@@ -11,14 +11,22 @@ import json
 import os
 import re
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from trainer.errors import CheckpointError, UsageError
 
+if TYPE_CHECKING:
+    from trainer.preemption import Preemption
+    from trainer.trainer import Trainer
+
+BEGAN = time.monotonic()  # seconds; about when the program started, as this is imported before torch
 _ROOT = Path("runs")
 
 
@@ -75,6 +83,47 @@ class RunFolder:
         """Where the checkpoints are."""
         return self.path / "checkpoints"
 
+    def status(self, status: str, **values: Any) -> None:
+        """Write `status.json`: how the run stands, for whoever started it (launchers flatten exit codes to 1).
+
+        Args:
+            status: "running", "completed", "preempted" or "failed".
+            values: plain values to say with it, such as step, checkpoint, reason.
+        """
+        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+        text = json.dumps({"status": status, **values, "restarts": restarts}, indent=1)
+        _replace(self.path / "status.json", text + "\n")
+
+    @contextmanager
+    def outcome(self, loop: "Trainer", guard: "Preemption", *, name_of: Callable[[int], str]) -> Iterator[None]:
+        """Around the training: save when it is preempted, and write in `status.json` how it ended.
+
+        Args:
+            loop: what is trained.
+            guard: armed here: from now on there is something to save.
+            name_of: the name of a training image by its index.
+        """
+        from trainer.preemption import Preempted  # imports torch
+
+        def status(word: str, **values: Any) -> None:
+            if loop.accelerator.is_main_process:
+                self.status(word, step=loop.step, epoch=loop.epoch, **values)
+
+        guard.armed = True
+        status("running")
+        try:
+            yield
+        except Preempted as stop:
+            path = loop.save(self.checkpoints)
+            status("preempted", reason=str(stop), checkpoint=path.name)
+            raise
+        except Exception as error:
+            samples = getattr(error, "samples", [])
+            files = {str(index): name_of(index) for index in samples}
+            status("failed", reason=f"{type(error).__name__}: {error}", **({"samples": files} if files else {}))
+            raise
+        status("completed")
+
     def begin(self, config: dict[str, Any]) -> None:
         """Delete what is stale, and write `config.yaml`. Called when nothing can go wrong any more but the disk.
 
@@ -108,7 +157,8 @@ def _next(folder: Path, name: str) -> Path:
 
 def _content(folder: Path) -> list[Path]:
     """What a run writes, and nothing else that somebody may keep there."""
-    found = [*(folder / "checkpoints").glob("*.pt"), folder / "tensorboard", folder / "metrics.jsonl"]
+    found = [*(folder / "checkpoints").glob("*.pt"), folder / "tensorboard"]
+    found += [folder / "metrics.jsonl", folder / "status.json"]
     return [path for path in found if path.exists()]
 
 

@@ -34,6 +34,13 @@ def random_key(*parts: int | str) -> int:
     return value >> 1  # torch.manual_seed takes a signed 64-bit integer
 
 
+def seed_all(key: int) -> None:
+    """Seed `random`, `numpy.random` and all of torch's generators."""
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    torch.manual_seed(key)
+
+
 @contextmanager
 def counted_randomness(*parts: int | str) -> Iterator[None]:
     """Seed `random`, `numpy.random` and torch's CPU generator from `random_key(*parts)`; restore all three after."""
@@ -132,13 +139,13 @@ class BatchPlan:
         for first in range(start, self.samples, self.batch_size):
             yield order[first : first + self.batch_size]
 
-    def share(self, window: list[int], *, rank: int) -> list[Micro]:
-        """The micro-batches of one process: at least one, so that every process takes part in every reduction."""
+    def share(self, window: list[int], *, rank: int, filler: bool = True) -> list[Micro]:
+        """The micro-batches of one process; with `filler` at least one, so that it can take part in the reduction."""
         micros = [
             Micro(number, window[first : first + self.micro_batch], True)
             for number, first in enumerate(range(0, len(window), self.micro_batch))
         ]
-        return micros[rank :: self.processes] or [Micro(len(micros), window[:1], False)]
+        return micros[rank :: self.processes] or [Micro(len(micros), window[:1], False)] * filler
 
     def eval_batches(self, samples: int, *, rank: int) -> list[list[int]]:
         """The batches of `range(samples)` that this process evaluates: together, each sample exactly once."""

@@ -128,11 +128,9 @@ def _trace(model: nn.Module) -> fx.Graph:
 
 def _graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
     """A module that runs `graph` on the submodules of `model`, without the nodes that nothing reads."""
-    module = fx.GraphModule(model, graph)
-    module.graph.eliminate_dead_code()
-    module.delete_all_unused_submodules()
-    module.recompile()
-    return module
+    graph = fx.GraphModule(model, graph).graph
+    graph.eliminate_dead_code()  # needs a graph that belongs to a module, to know which calls are pure
+    return fx.GraphModule(model, graph)  # holds what is left, no parameter more
 
 
 def _cut(model: nn.Module, graph: fx.Graph) -> Split:

@@ -8,25 +8,28 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from trainer import checkpoint
-from trainer.errors import CheckpointError, NumericalError
+from trainer.errors import CheckpointError, NumericalError, UsageError
 from trainer.features import Source
-from trainer.freezing import check_fingerprint, fingerprint, trained_tensors
-from trainer.metrics import Totals
+from trainer.freezing import check_fingerprint, digest, fingerprint, trained_tensors
+from trainer.metrics import Totals, means
 from trainer.processes import from_main
-from trainer.sampling import BatchPlan, random_key
-from trainer.steps import Step, check_outputs, classification
+from trainer.sampling import BatchPlan, Micro, random_key, seed_all
+from trainer.steps import Batch, Step, check_outputs, classification
 
-AfterStep = Callable[["Trainer", Totals], None]
+_MOST_SKIPS = 20  # in a row: a GradScaler that finds its scale needs fewer (65,536 = 2¹⁶)
+
+AfterStep = Callable[["Trainer"], None]
 
 
 class Trainer:
@@ -43,12 +46,17 @@ class Trainer:
         step: `(model, batch) → {"loss": [B], ...}`, see `steps`.
         clip_norm: largest 2-norm of the gradient of a window; None clips nothing.
         seed: of the sample order and of the randomness in a step.
+        exact: sum the gradients of micro-batches in one order on any number of processes (see `_reduce_in_order`).
         about: entries that go into checkpoints as they are: "freeze_plan", "classes", "base", "config".
 
     Attributes:
         epoch: finished epochs. step: optimizer steps. samples: training samples used, over all processes.
         rate: learning rate of the last step.
-        metrics: {"train": ..., "val": ..., "best": ...} as of the last finished epoch; the epoch loop sets it.
+        totals: of this process in the epoch under way.
+        metrics: {"train": ..., "val": ..., "best": ...} as of the last finished epoch.
+
+    Raises:
+        UsageError: `exact`, and a BatchNorm that trains.
     """
 
     def __init__(
@@ -64,51 +72,64 @@ class Trainer:
         step: Step | None = None,
         clip_norm: float | None = None,
         seed: int = 0,
+        exact: bool = False,
         about: dict[str, Any],
     ):
         self.accelerator, self.model = accelerator, model
         # Only the tail: no frozen parameter is reduced, no frozen BatchNorm buffer broadcast.
         self.tail, self.optimizer = accelerator.prepare(tail, optimizer)
         self.plan, self.lr, self.epochs, self.seed = plan, lr, epochs, seed
-        self.step_function, self.clip_norm = step or classification(), clip_norm
+        self.step_function, self.clip_norm, self.exact = step or classification(), clip_norm, exact
         self.about, self.fingerprint = about, fingerprint(model)
-        self.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.epoch = self.step = self.samples = self.skipped_samples = 0
         self.rate = 0.0
+        self.totals = Totals(accelerator.device)
         self.metrics: dict[str, dict[str, float]] = {}
-        self._outputs_checked = False
+        self._outputs_checked = self._epoch_trained = False
+        self._skipped_in_a_row = 0
         self._scaler_state: dict[str, Any] | None = None  # carried through a part of the run without a scaler
+        if exact and (buffers := trained_tensors(model).keys() - self.trainable.keys()):
+            raise UsageError(
+                "--exact: a BatchNorm that trains keeps statistics of the batches that its own process saw, here "
+                f"{min(buffers)}. Leave it frozen (--train without it), or train without --exact."
+            )
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def train_epoch(
-        self, source: Source, *, after_step: Callable[["Trainer", Totals], None] | None = None
-    ) -> dict[str, float]:
-        """Train on every sample of `source` once, in the order of this epoch.
+    def train_epoch(self, source: Source, *, after_step: AfterStep | None = None) -> dict[str, float]:
+        """Train on what is left of the epoch: every sample of `source` once an epoch, in the order of this epoch.
 
         Args:
             source: features of the training set.
-            after_step: called on every process after each optimizer step, with this process's totals so far.
+            after_step: called on every process after each optimizer step.
 
         Returns:
-            The means over the epoch, over all processes: "loss" and the step's other metrics.
+            The means over the whole epoch, over all processes: "loss" and the step's other metrics.
 
         Raises:
             NumericalError: a loss or gradient is not finite; nothing has been updated by it, on any process.
         """
-        rank, totals = self.accelerator.process_index, Totals(self.accelerator.device)
-        windows = list(self.plan.windows(seed=self.seed, epoch=self.epoch))
-        shares = [self.plan.share(window, rank=rank) for window in windows]
+        assert not self._epoch_trained, f"epoch {self.epoch + 1} is trained; finish_epoch() begins the next"
+        start = self.samples - self.epoch * self.plan.samples  # not 0 if a checkpoint was written in mid-epoch
+        windows = list(self.plan.windows(seed=self.seed, epoch=self.epoch, start=start))
+        rank = self.accelerator.process_index
+        shares = [self.plan.share(window, rank=rank, filler=not self.exact) for window in windows]
         batches = source.batches([micro.indices for share in shares for micro in share], epoch=self.epoch)
         self.tail.train()
         for window, share in zip(windows, shares, strict=True):
-            self._window(window, share, batches, totals)
+            self._update(window, share, batches)
             if after_step is not None:
-                after_step(self, totals)
-        self.epoch += 1
-        return totals.over_processes(self.accelerator).means()
+                after_step(self)
+        self._epoch_trained = True
+        return means(self.totals.over_processes(self.accelerator))
 
-    def _window(self, window: list[int], share: list, batches, totals: Totals) -> None:
+    def finish_epoch(self, **metrics: dict[str, float]) -> None:
+        """Count the epoch as done, once it is trained and evaluated; `metrics` go into its checkpoint."""
+        self.epoch, self.metrics, self._epoch_trained = self.epoch + 1, metrics, False
+        self.totals = Totals(self.accelerator.device)
+
+    def _update(self, window: list[int], share: list[Micro], batches: Iterator[Batch]) -> None:
         """One optimizer step: forward and backward of this process's micro-batches, reduction, update."""
         # The rate at the middle of the window: neither the first step of a warm-up nor the last of a decay is zero.
         done = self.samples - self.skipped_samples + len(window) / 2
@@ -116,52 +137,114 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
-        for micro in share:
-            batch = next(batches)
-            torch.manual_seed(random_key(self.seed, "step", self.step, micro.number))
-            last = micro is share[-1]  # gradients are reduced once, in the last backward of the window
-            with nullcontext() if last else self.accelerator.no_sync(self.tail):
-                outputs = self.step_function(self.tail, batch)
-                if not self._outputs_checked:
-                    check_outputs(outputs, size=len(micro.indices))
-                    self._outputs_checked = True
-                # DDP averages over processes; the window's mean is over its samples.
-                share_of_mean = self.plan.processes / len(window) * micro.counts
-                self.accelerator.backward(outputs["loss"].sum() * share_of_mean)
-            if micro.counts:
-                totals.add(outputs)
+        if self.exact:
+            self._reduce_in_order(window, share, batches)
+        else:
+            for micro in share:
+                last = micro is share[-1]  # DDP reduces in this backward, and averages over processes
+                with nullcontext() if last else self.accelerator.no_sync(self.tail):
+                    self._backward(micro, next(batches), scale=self.plan.processes / len(window))
 
         # Reduced gradients are the same on every process, so is their norm, and so is this decision. With a scaler
         # an infinite norm is expected now and then: it skips the update and lowers its scale.
-        norm = self.accelerator.clip_grad_norm_(self.trainable, self.clip_norm or math.inf)
+        norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.clip_norm or math.inf)
         if self.accelerator.scaler is None and not torch.isfinite(norm):
-            self.optimizer.zero_grad()
-            raise NumericalError(
-                f"the gradient of step {self.step + 1} (epoch {self.epoch + 1}) is not finite, learning rate "
-                f"{self.rate:.3g}; no weight was changed by it. Its samples start with {window[:8]}. "
-                "Lower --lr, add --clip-norm 1, or look at those images."
-            )
+            self._stop_on("the gradient is not finite", window)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
         self.samples += len(window)
-        if self.accelerator.optimizer_step_was_skipped:
+        skipped = self.accelerator.optimizer_step_was_skipped
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if skipped:
             self.skipped_samples += len(window)
+        if self._skipped_in_a_row == _MOST_SKIPS:
+            self._stop_on(f"the GradScaler skipped {_MOST_SKIPS} steps in a row", window)
+
+    def _backward(self, micro: Micro, batch: Batch, *, scale: float) -> None:
+        """Forward and backward of one micro-batch; adds `scale` times the sum of its losses to the gradient."""
+        seed_all(random_key(self.seed, "step", self.step, micro.number))
+        outputs = self.step_function(self.tail, batch)
+        if not self._outputs_checked:
+            check_outputs(outputs, size=len(micro.indices))
+            self._outputs_checked = True
+        self.accelerator.backward(outputs["loss"].sum() * (scale * micro.counts))
+        if micro.counts:
+            self.totals.add(outputs)
+
+    def _reduce_in_order(self, window: list[int], share: list[Micro], batches: Iterator[Batch]) -> None:
+        """The gradient of a window as g₀ + g₁ + ..., of its micro-batches in their order, on any number of processes.
+
+        DDP adds what each process has accumulated: another order for another number of processes, and other bits.
+        """
+        ranks, micros = self.plan.processes, math.ceil(len(window) / self.plan.micro_batch)
+        parameters = list(self.trainable.values())
+        total = None
+        for first in range(0, micros, ranks):  # in each round, process r has the micro-batch number first + r
+            if first // ranks < len(share):
+                with self.accelerator.no_sync(self.tail):
+                    self._backward(share[first // ranks], next(batches), scale=1 / len(window))
+            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            self.optimizer.zero_grad()
+            rows = [flat]
+            if ranks > 1:
+                rows = [torch.empty_like(flat) for _ in range(ranks)]
+                torch.distributed.all_gather(rows, flat)
+            for row in rows[: micros - first]:
+                total = row if total is None else total + row
+        for parameter, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter)
+
+    def _stop_on(self, reason: str, window: list[int]) -> None:
+        """End the run, on every process: nothing has been updated by this window."""
+        self.optimizer.zero_grad()
+        raise NumericalError(
+            f"{reason} in step {self.step + 1} (epoch {self.epoch + 1}), at learning rate {self.rate:.3g}; no weight "
+            "was changed by it. Lower --lr, add --clip-norm 1, or look at the images of the step.",
+            step=self.step + 1,
+            samples=window,
+        )
+
+    def check_replicas(self) -> None:
+        """Compare the trainable parameters of all processes, bit by bit (a collective).
+
+        Raises:
+            NumericalError: on every process; names the first parameter that differs and the processes that have it.
+        """
+        mine = {name: digest(parameter) for name, parameter in self.trainable.items()}
+        found = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+        for name in mine:
+            other = [rank for rank, digests in enumerate(found) if digests[name] != found[0][name]]
+            if other:
+                raise NumericalError(
+                    f"after step {self.step} the replicas of {name} differ: processes {other} from process 0. Continue "
+                    "from the last checkpoint; if it happens again, suspect the hardware.",
+                    step=self.step,
+                )
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
     @torch.no_grad()
-    def evaluate(self, source: Source) -> dict[str, float]:
-        """The means of the step's values over every sample of `source`, each counted once, on every process."""
+    def evaluate(self, source: Source, *, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+        """The means of the step's values over every sample of `source`, each counted once, on every process.
+
+        Args:
+            source: features of the validation set.
+            between: called after each batch, the same number of times on every process.
+        """
         model = self.accelerator.unwrap_model(self.tail)  # the wrapper would wait for processes that have no batch left
         model.eval()
         self._agree_on_buffers()
         totals = Totals(self.accelerator.device)
-        for batch in source.batches(self._eval_batches(source), epoch=0):
-            totals.add(self.step_function(model, batch))
-        totals = totals.over_processes(self.accelerator)
-        assert totals.count == len(source), f"evaluated {totals.count} samples of {len(source)}"
-        return totals.means()
+        batches = source.batches(self.plan.eval_batches(len(source), rank=self.accelerator.process_index), epoch=0)
+        for _ in self.plan.eval_batches(len(source), rank=0):  # no process has more
+            if batch := next(batches, None):
+                totals.add(self.step_function(model, batch))
+            between()
+        sums = totals.over_processes(self.accelerator)
+        assert sums["samples"] == len(source), f"evaluated {sums['samples']} samples of {len(source)}"
+        return means(sums)
 
     @torch.no_grad()
     def logits(self, source: Source, indices: list[int]) -> Tensor:
@@ -169,9 +252,6 @@ class Trainer:
         model = self.accelerator.unwrap_model(self.tail)
         model.eval()
         return torch.cat([model(*batch["inputs"]).float() for batch in source.batches([indices], epoch=0)])
-
-    def _eval_batches(self, source: Source) -> list[list[int]]:
-        return self.plan.eval_batches(len(source), rank=self.accelerator.process_index)
 
     def _agree_on_buffers(self) -> None:
         """BatchNorm statistics of the tail are the main process's: between two steps the others' may differ."""
@@ -183,7 +263,8 @@ class Trainer:
     # --------------------------------------------------------------------------------------------- checkpoints
 
     def state(self) -> checkpoint.State:
-        """What a checkpoint holds; see `checkpoint.KEYS`."""
+        """What a checkpoint holds; see `checkpoint.KEYS` (a collective)."""
+        totals = self.totals.over_processes(self.accelerator)
         scaler = self.accelerator.scaler
         return {
             "model": {name: tensor.detach().cpu().clone() for name, tensor in trained_tensors(self.model).items()},
@@ -193,7 +274,9 @@ class Trainer:
             "step": self.step,
             "samples": self.samples,
             "skipped_samples": self.skipped_samples,
+            "totals": totals,
             "metrics": self.metrics,
+            "training_samples": self.plan.samples,
             "fingerprint": self.fingerprint,
             **self.about,
         }
@@ -210,10 +293,12 @@ class Trainer:
             OSError: the file could not be written; older checkpoints are untouched.
         """
 
+        state = self.state()
+
         def write() -> Path:
             folder.mkdir(parents=True, exist_ok=True)
             path = checkpoint.path_of(folder, self.step)
-            checkpoint.write(path, self.state())
+            checkpoint.write(path, state)
             if best:
                 checkpoint.copy(path, folder / "best.pt")
             checkpoint.prune(folder, keep=keep)
@@ -233,10 +318,10 @@ class Trainer:
             if state[name] != self.about[name]:
                 raise CheckpointError(f"{path} has other {name}: {state[name]}; this run has {self.about[name]}.")
         check_fingerprint(self.fingerprint, state["fingerprint"])
-        if state["samples"] != state["epoch"] * self.plan.samples:
+        if state["training_samples"] != self.plan.samples:
             raise CheckpointError(
-                f"{path} used {state['samples']:,} images in {state['epoch']} epochs; "
-                f"this training set has {self.plan.samples:,}. Continue with the data it was trained on."
+                f"{path} was trained on {state['training_samples']:,} images; this training set has "
+                f"{self.plan.samples:,}. Continue with the data it was trained on."
             )
         live, optimizer = trained_tensors(self.model), self.optimizer.optimizer
         checkpoint.check_tensors(state["model"], live)
@@ -249,3 +334,6 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
         self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
         self.skipped_samples, self.metrics = state["skipped_samples"], state["metrics"]
+        main = self.accelerator.is_main_process  # the sums of all, on any number of processes: one goes on from them
+        self.totals = Totals(self.accelerator.device, start=state["totals"] if main else None)
+        self._epoch_trained = False
