@@ -10,12 +10,12 @@ import sys
 from functools import partial
 
 import trainer
-from trainer.config import Config, default_name, parse, to_dict
+from trainer.config import Config, default_name, parse, resumed, to_dict
 
 
 def main(config: Config) -> None:
     accelerator, say = trainer.start(exact=config.run.exact), trainer.say
-    config = trainer.from_main(accelerator, lambda: config)  # one configuration, on any number of machines
+    config = trainer.from_main(accelerator, partial(resumed, config))  # one, on any number of machines
     data, model, optim, run = config.data, config.model, config.optim, config.run
     guard = trainer.Preemption(accelerator, time_limit=run.time_limit, save_minutes=run.save_minutes)
 
@@ -110,8 +110,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    settings = parse(__doc__)  # before torch is imported: --help answers at once
-    try:
-        main(settings)
-    except (ValueError, OSError, trainer.Elsewhere, trainer.Preempted) as error:
-        sys.exit(trainer.fail(error))
+    sys.exit(trainer.attempt(main, parse(__doc__)))  # parsed before torch is imported: --help answers at once

@@ -5,6 +5,7 @@ import pytest
 import yaml
 
 from trainer import config
+from trainer.errors import UsageError
 
 
 def test_defaults_are_the_demo():
@@ -37,10 +38,12 @@ def test_stored_settings_do_not_say_how_the_run_was_started():
     assert stored["run"]["seed"] == 0
 
 
-def test_relative_folders_become_absolute(tmp_path, monkeypatch):
+def test_relative_folders_are_stored_absolute(tmp_path, monkeypatch):
     (tmp_path / "photos").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert config.parse(arguments=["--data", "photos"]).data.data == str(tmp_path / "photos")
+    settings = config.parse(arguments=["--data", "photos"])
+    assert settings.data.data == "photos", "each machine may have its own"
+    assert config.to_dict(settings)["data"]["data"] == str(tmp_path / "photos")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +58,6 @@ def test_relative_folders_become_absolute(tmp_path, monkeypatch):
         (["--keep", "1"], "--keep is 1; expected at least 2"),
         (["--warmup", "3"], "--warmup is 3.0; expected a share of the run"),
         (["--config", "missing.yaml"], "cannot read --config missing.yaml"),
-        (["--resume", "missing.pt"], "there is no such checkpoint or run"),
     ],
 )
 def test_a_wrong_flag_is_one_message_and_exit_code_2(arguments, says, capsys):
@@ -88,7 +90,7 @@ def test_a_wrong_file_is_one_message_and_exit_code_2(text, says, tmp_path, capsy
 
 
 def test_only_the_first_process_speaks(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     for arguments in (["--lr", "fast"], ["--epochs", "0"]):
         with pytest.raises(SystemExit):
             config.parse(arguments=arguments)
@@ -104,20 +106,44 @@ def stored_run(tmp_path):
     return folder
 
 
+def _resumed(*arguments):
+    return config.resumed(config.parse(arguments=list(arguments)), list(arguments))
+
+
 def test_a_resumed_run_keeps_its_settings_and_says_what_changes(stored_run, capsys):
-    settings = config.parse(arguments=["--resume", "auto", "--output", str(stored_run), "--epochs", "50"])
+    settings = _resumed("--resume", "auto", "--output", str(stored_run), "--epochs", "50")
     assert (settings.optim.lr, settings.optim.batch_size, settings.optim.epochs) == (0.5, 32, 50)
-    assert "resume: epochs: 40 → 50" in capsys.readouterr().out
+    assert capsys.readouterr().out == "resume: epochs: 40 → 50\n"
+
+
+def test_a_launcher_that_starts_us_again_means_resume(stored_run, monkeypatch):
+    arguments = ["--output", str(stored_run), "--overwrite"]
+    assert config.parse(arguments=arguments).run.resume is None
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert _resumed(*arguments).optim.lr == 0.5
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [["--batch-size", "64"], ["--model", "resnet34"], ["--seed", "1"], ["--train", "all"], ["--optimizer", "sgd"]],
+    ("flags", "says"),
+    [
+        (["--batch-size", "64"], "the run has batch_size 32, the command line 64"),
+        (["--model", "resnet34"], "the run has name 'resnet18', the command line 'resnet34'"),
+        (["--seed", "1"], "the run has seed 0, the command line 1"),
+        (["--train", "all"], r"the run has train \['head'\], the command line \['all'\]"),
+        (["--optimizer", "sgd"], "the run has optimizer 'adamw', the command line 'sgd'"),
+    ],
 )
-def test_a_resumed_run_stays_the_same_run(stored_run, capsys, flags):
-    with pytest.raises(SystemExit):
-        config.parse(arguments=["--resume", str(stored_run), *flags])
-    assert "--resume: the run has" in capsys.readouterr().err
+def test_a_resumed_run_stays_the_same_run(stored_run, capsys, flags, says):
+    with pytest.raises(UsageError, match=says):
+        _resumed("--resume", str(stored_run), *flags)
+    _resumed("--resume", str(stored_run), *flags, "--override")
+    assert "→" in capsys.readouterr().out
+
+
+def test_resuming_what_is_not_there(tmp_path):
+    with pytest.raises(UsageError, match="there is no such checkpoint or run"):
+        _resumed("--resume", str(tmp_path / "missing.pt"))
+    assert _resumed("--resume", "auto", "--output", str(tmp_path)).optim.lr == 0.1
 
 
 def test_every_flag_is_explained():

@@ -43,6 +43,8 @@ parser.add_argument("--stop", type=int, default=None, help="end after this many 
 parser.add_argument("--workers", type=int, default=0)
 parser.add_argument("--save-every", type=int, default=2)
 parser.add_argument("--cache", action="store_true")
+parser.add_argument("--optimizer", default="adamw")
+parser.add_argument("--clip", type=float, default=1.0)
 parser.add_argument("--exact", action="store_true")
 parser.add_argument("--flip", action="store_true", help="change one bit of process 1's head after the second step")
 parser.add_argument("--nan", type=int, default=None, help="sample whose loss is not a number")
@@ -116,12 +118,12 @@ def run(options: argparse.Namespace) -> None:
         accelerator,
         model,
         parts.tail,
-        trainer.build_optimizer(model, lr=0.05),
+        trainer.build_optimizer(model, options.optimizer, lr=0.05),
         plan=plan,
         lr=partial(trainer.learning_rate, peak=0.05, warmup=0.1),
         epochs=options.epochs,
         step=step,
-        clip_norm=1.0,
+        clip_norm=options.clip,
         exact=options.exact,
         about={"freeze_plan": freeze_plan.to_dict(), "classes": ["a", "b", "c"], "base": {}, "config": {}},
     )
@@ -201,7 +203,4 @@ def state_digest(value: object) -> str:
 if __name__ == "__main__":
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        run(options)
-    except (ValueError, trainer.Preempted) as error:
-        raise SystemExit(trainer.fail(error)) from None
+    raise SystemExit(trainer.attempt(run, options))

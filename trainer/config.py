@@ -140,46 +140,67 @@ _FIXED = ("val_fraction", "augment", "image_size", "name", "train", "batch_size"
 def parse(description: str = "", arguments: list[str] | None = None) -> Config:
     """The configuration of this process's command line; prints help or one message and exits (2) if it cannot be.
 
-    Only the first process of several looks up the run that it resumes: what it comes to is the configuration of all.
-
     Args:
         description: shown by `--help`.
         arguments: of the command line; None takes `sys.argv`.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        arguments = [*arguments, "--resume=auto"]  # the launcher started us again (--max_restarts): go on
     try:
-        config = _parse(arguments, description)
-        stored, settings = [], []
-        if config.run.config is not None:
-            settings = _arguments(_load_yaml(Path(config.run.config)))
-            config = _parse(settings + arguments, description)
-        if config.run.resume is not None and _speaks():  # the other processes are given this one's configuration
-            values = run.stored_config(config.run.resume, config.run.output, default_name(config))
-            stored = _arguments(values)
-            config = _parse(stored + settings + arguments, description)
-            _check_resume(values, config)
-        if config.data.data.lower() == "digits":
-            config = _parse(_DEMO + stored + settings + arguments, description)
-        elif Path(config.data.data).is_dir():
-            config.data.data = os.path.abspath(config.data.data)  # the stored form works from anywhere
-        _check(config)
+        return _layers(_own(arguments), description=description)
     except UsageError as error:
         if _speaks():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+def resumed(config: Config, arguments: list[str] | None = None) -> Config:
+    """The configuration once the settings of the run that it resumes are known; `config` itself if it resumes none.
+
+    Called on one process, whose result is everybody's: a run is looked up on one machine alone. Prints what changes.
+
+    Args:
+        config: as `parse` gave it for the same `arguments`.
+
+    Raises:
+        UsageError: there is no such run, or it cannot be continued with these settings.
+        CheckpointError: the checkpoint it names cannot be read.
+    """
+    if config.run.resume is None:
+        return config
+    stored = run.stored_config(config.run.resume, config.run.output, default_name(config))
+    config = _layers(_own(arguments), stored=stored)
+    _check_resume(stored, config)
+    return config
+
+
+def _own(arguments: list[str] | None) -> list[str]:
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        return [*arguments, "--resume=auto"]  # the launcher started us again (--max_restarts): go on
+    return arguments
+
+
+def _layers(own: list[str], *, stored: dict[str, Any] | None = None, description: str = "") -> Config:
+    """Defaults, demo, stored, file, command line: parsed as one."""
+    config = _parse(own, description)
+    settings = [] if config.run.config is None else _arguments(_load_yaml(Path(config.run.config)))
+    above = _arguments(stored or {}) + settings + own
+    config = _parse(above, description)
+    if config.data.data.lower() == "digits":
+        config = _parse(_DEMO + above, description)
+    _check(config)
     return config
 
 
 def default_name(config: Config) -> str:
     """The name of a run that was given none: DATA-MODEL."""
-    return f"{Path(config.data.data).resolve().name}-{config.model.name}".lower()
+    return f"{Path(config.data.data).expanduser().resolve().name}-{config.model.name}".lower()
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The stored form: plain types, by group, without what says only how the run was started."""
     values = dataclasses.asdict(config)
+    if config.data.data.lower() != "digits" and Path(config.data.data).expanduser().is_dir():
+        values["data"]["data"] = os.path.abspath(Path(config.data.data).expanduser())  # works from anywhere
     values["model"]["train"] = list(config.model.train)
     values["run"] = {name: value for name, value in values["run"].items() if name not in _NOT_STORED}
     return values
@@ -195,8 +216,8 @@ def _flag(f: dataclasses.Field) -> str:
 
 
 def _speaks() -> bool:
-    """Whether this process talks to the user: the first of several with the same command line."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether this process talks to the user: the first of those on a machine, which share a command line."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _parse(arguments: list[str], description: str) -> Config:

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from trainer.errors import UsageError
+from trainer.preemption import Preempted
 
 T = TypeVar("T")
 
@@ -135,6 +136,26 @@ def agree(accelerator: Accelerator, **facts: Callable[[], str]) -> None:
         if len(set(values)) > 1:
             each = ", ".join(f"process {rank}: {value}" for rank, value in enumerate(values))
             raise UsageError(f"the processes differ in {name}: {each}. All machines need the same data and versions.")
+
+
+def attempt(function: Callable[..., None], *arguments: object) -> int:
+    """Call the program's main function; gives the exit code: 0, or that of an error that a user can mend (see `fail`).
+
+    Any other exception is a mistake of the program, and is raised with its traceback.
+    """
+    failed = True
+    try:
+        function(*arguments)
+        failed = False
+    except (ValueError, OSError, Elsewhere, Preempted) as error:
+        return fail(error)
+    finally:
+        # Threads of a process group that is left to itself abort the process at its exit, whatever its exit code. (NCCL
+        # would wait for the others here, who may not know yet that one has failed.)
+        group = torch.distributed
+        if group.is_initialized() and not (failed and group.get_backend() == "nccl"):
+            group.destroy_process_group()
+    return 0
 
 
 def fail(error: BaseException) -> int:
