@@ -6,7 +6,6 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --dat
 accelerate launch --config_file accelerate_configs/gpu.yaml train.py --data ~/photos --model resnet50 --resume auto
 """
 
-import sys
 from functools import partial
 
 import trainer
@@ -110,4 +109,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(trainer.attempt(main, parse(__doc__)))  # parsed before torch is imported: --help answers at once
+    trainer.run_and_exit(main, parse(__doc__))  # parsed before torch is imported: --help answers at once

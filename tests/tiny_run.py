@@ -203,4 +203,4 @@ def state_digest(value: object) -> str:
 if __name__ == "__main__":
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    raise SystemExit(trainer.attempt(run, options))
+    trainer.run_and_exit(run, options)

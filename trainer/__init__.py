@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from trainer.logs import Logs
     from trainer.optim import build_optimizer, learning_rate
     from trainer.preemption import Preempted, Preemption
-    from trainer.processes import Elsewhere, agree, attempt, cores_per_process, fail, from_main, in_turn, say, start
+    from trainer.processes import (
+        Elsewhere,
+        agree,
+        cores_per_process,
+        fail,
+        from_main,
+        in_turn,
+        run_and_exit,
+        say,
+        start,
+    )
     from trainer.run import RunFolder, open_run
     from trainer.sampling import BatchPlan, KeyedDataset
     from trainer.split import Split, split_model
@@ -32,7 +42,17 @@ _HOME = {
     "logs": ("Logs",),
     "optim": ("build_optimizer", "learning_rate"),
     "preemption": ("Preempted", "Preemption"),
-    "processes": ("Elsewhere", "agree", "attempt", "cores_per_process", "fail", "from_main", "in_turn", "say", "start"),
+    "processes": (
+        "Elsewhere",
+        "agree",
+        "run_and_exit",
+        "cores_per_process",
+        "fail",
+        "from_main",
+        "in_turn",
+        "say",
+        "start",
+    ),
     "run": ("RunFolder", "open_run"),
     "sampling": ("BatchPlan", "KeyedDataset"),
     "split": ("Split", "split_model"),

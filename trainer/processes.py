@@ -1,10 +1,12 @@
 """The processes of a run: start them, take turns, agree."""
 
+import atexit
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -138,24 +140,27 @@ def agree(accelerator: Accelerator, **facts: Callable[[], str]) -> None:
             raise UsageError(f"the processes differ in {name}: {each}. All machines need the same data and versions.")
 
 
-def attempt(function: Callable[..., None], *arguments: object) -> int:
-    """Call the program's main function; gives the exit code: 0, or that of an error that a user can mend (see `fail`).
+def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
+    """Call the program's main function and end the process, with exit code 0 or that of the error (see `fail`).
 
-    Any other exception is a mistake of the program, and is raised with its traceback.
+    An exception that a user cannot mend is a mistake of the program: it is printed with its traceback, exit code 1.
     """
-    failed = True
+    code = 0
     try:
         function(*arguments)
-        failed = False
     except (ValueError, OSError, Elsewhere, Preempted) as error:
-        return fail(error)
-    finally:
-        # Threads of a process group that is left to itself abort the process at its exit, whatever its exit code. (NCCL
-        # would wait for the others here, who may not know yet that one has failed.)
-        group = torch.distributed
-        if group.is_initialized() and not (failed and group.get_backend() == "nccl"):
-            group.destroy_process_group()
-    return 0
+        code = fail(error)
+    except KeyboardInterrupt:  # before Preemption took note of signals
+        code = 130
+    except Exception:
+        code = 1
+        traceback.print_exc()
+    # Not by way of the interpreter's finalization: threads of torch.distributed that want the GIL then are unwound
+    # through C++ code that cannot be, and abort the process, whatever its exit code was going to be.
+    atexit._run_exitfuncs()  # ends data workers
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def fail(error: BaseException) -> int:
