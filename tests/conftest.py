@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 ROOT = Path(__file__).parent.parent
+TINY_RUN = ROOT / "tests" / "tiny_run.py"
 
 
 def launch(script: Path, *arguments: object, cwd: Path, config: str = "cpu", processes: int | None = None):
@@ -39,6 +40,19 @@ def train(*arguments: object, cwd: Path, env: dict | None = None):
         text=True,
         timeout=300,
     )
+
+
+def tiny_run(folder: Path, *options: object, processes: int, check: bool = True):
+    """Run tiny_run.py on one process directly, or on several through the launcher; gives the finished process."""
+    folder.mkdir(exist_ok=True)
+    if processes > 1:
+        done = launch(TINY_RUN, folder, *options, cwd=folder.parent, config="cpu_x2", processes=processes)
+    else:
+        command = [sys.executable, str(TINY_RUN), str(folder), *map(str, options)]
+        env = {**os.environ, "OMP_NUM_THREADS": "2"}  # --exact must not depend on it
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert not check or done.returncode == 0, done.stderr
+    return done
 
 
 @pytest.fixture(scope="session")

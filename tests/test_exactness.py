@@ -11,11 +11,10 @@ from pathlib import Path
 
 import kill_points
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT, TINY_RUN, tiny_run
 
 from trainer import checkpoint
 
-TINY_RUN = ROOT / "tests" / "tiny_run.py"
 TRAIN = ROOT / "train.py"
 
 
@@ -63,47 +62,34 @@ def test_killed_twenty_times_at_random_moments(tmp_path):
     assert kill_points.difference(golden, folder) == ""
 
 
-def _run(folder: Path, *options: object, processes: int, check: bool = True):
-    """tiny_run.py on one process directly, or on several through the launcher."""
-    folder.mkdir(exist_ok=True)
-    if processes > 1:
-        done = launch(TINY_RUN, folder, *options, cwd=folder.parent, config="cpu_x2", processes=processes)
-    else:
-        command = [sys.executable, str(TINY_RUN), str(folder), *map(str, options)]
-        env = {**os.environ, "OMP_NUM_THREADS": "2"}  # --exact must not depend on it
-        done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert not check or done.returncode == 0, done.stderr
-    return done
-
-
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory):
     """The run that every number of processes must repeat to the bit."""
     folder = tmp_path_factory.mktemp("exact") / "golden"
-    _run(folder, "--exact", processes=1)
+    tiny_run(folder, "--exact", processes=1)
     return folder
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 4])
 def test_exact_gives_the_same_bits_on_any_number_of_processes(exact, tmp_path, processes):
-    _run(tmp_path / "run", "--exact", "--workers", "1", processes=processes)
+    tiny_run(tmp_path / "run", "--exact", "--workers", "1", processes=processes)
     assert kill_points.difference(exact, tmp_path / "run") == ""
     ends = {(tmp_path / "run" / f"end.{rank}.txt").read_text() for rank in range(processes)}
     assert len(ends) == 1
 
 
 def test_a_run_moved_from_one_to_four_to_two_processes_is_exact(exact, tmp_path):
-    _run(tmp_path / "run", "--exact", "--stop", "1", processes=1)
-    _run(tmp_path / "run", "--exact", "--kill", "step:9", "--kill-rank", "3", processes=4, check=False)
-    _run(tmp_path / "run", "--exact", processes=2)
+    tiny_run(tmp_path / "run", "--exact", "--stop", "1", processes=1)
+    tiny_run(tmp_path / "run", "--exact", "--kill", "step:9", "--kill-rank", "3", processes=4, check=False)
+    tiny_run(tmp_path / "run", "--exact", processes=2)
     assert kill_points.difference(exact, tmp_path / "run") == ""
 
 
 @pytest.mark.slow
 def test_a_run_moved_from_four_to_one_to_two_processes_is_exact(exact, tmp_path):
-    _run(tmp_path / "run", "--exact", "--stop", "1", processes=4)
-    _run(tmp_path / "run", "--exact", "--kill", "micro:8:2", processes=1, check=False)
-    _run(tmp_path / "run", "--exact", processes=2)
+    tiny_run(tmp_path / "run", "--exact", "--stop", "1", processes=4)
+    tiny_run(tmp_path / "run", "--exact", "--kill", "micro:8:2", processes=1, check=False)
+    tiny_run(tmp_path / "run", "--exact", processes=2)
     assert kill_points.difference(exact, tmp_path / "run") == ""
 
 
@@ -111,24 +97,24 @@ def test_a_run_moved_from_four_to_one_to_two_processes_is_exact(exact, tmp_path)
 def two(tmp_path_factory):
     """Two processes, reduced by DDP: exact for this number of processes."""
     folder = tmp_path_factory.mktemp("two") / "golden"
-    _run(folder, processes=2)
+    tiny_run(folder, processes=2)
     return folder
 
 
 def test_a_killed_process_of_two_leads_to_the_same_end(two, tmp_path):
-    done = _run(tmp_path / "run", "--kill", "step:7", "--kill-rank", "1", processes=2, check=False)
+    done = tiny_run(tmp_path / "run", "--kill", "step:7", "--kill-rank", "1", processes=2, check=False)
     assert done.returncode != 0
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000006.pt"
-    _run(tmp_path / "run", processes=2)
+    tiny_run(tmp_path / "run", processes=2)
     assert kill_points.difference(two, tmp_path / "run") == ""
 
 
 def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(two, tmp_path):
     options = ["--kill", "step:7", "--kill-rank", "1", "--by", "TERM"]
-    done = _run(tmp_path / "run", *options, processes=2, check=False)
+    done = tiny_run(tmp_path / "run", *options, processes=2, check=False)
     assert "exitcode  : 75" in done.stderr
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000007.pt"
-    _run(tmp_path / "run", processes=2)
+    tiny_run(tmp_path / "run", processes=2)
     assert kill_points.difference(two, tmp_path / "run") == ""
 
 
@@ -145,7 +131,7 @@ def test_the_launcher_starts_a_killed_run_again_and_it_ends_in_the_same_bits(two
 
 def test_a_nan_on_one_process_stops_all_and_changes_nothing(tmp_path):
     sample = 11
-    done = _run(tmp_path / "run", "--nan", sample, "--save-every", "1", processes=2, check=False)
+    done = tiny_run(tmp_path / "run", "--nan", sample, "--save-every", "1", processes=2, check=False)
     assert "exitcode  : 70" in done.stderr
     assert "the gradient is not finite in step" in done.stderr
     ledgers = [(tmp_path / "run" / f"ledger.{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
@@ -154,7 +140,7 @@ def test_a_nan_on_one_process_stops_all_and_changes_nothing(tmp_path):
 
 
 def test_replicas_that_differ_in_one_bit_are_found(tmp_path):
-    done = _run(tmp_path / "run", "--flip", processes=2, check=False)
+    done = tiny_run(tmp_path / "run", "--flip", processes=2, check=False)
     assert "exitcode  : 70" in done.stderr
     assert "after step 2 the replicas of fc.bias differ: processes [1] from process 0" in done.stderr
 
@@ -170,16 +156,17 @@ def _wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> No
         time.sleep(0.05)
 
 
-LONG = ["--epochs", "100000", "--output", "run"]  # nobody waits for the end of it
+SMALL = ["--model", "resnet18", "--weights", "none", "--image-size", "32", "--batch-size", "16", "--workers", "0"]
+LONG = [*SMALL, "--epochs", "100000", "--output", "run"]  # nobody waits for the end of it
 
 
-def _start(folder: Path, *, launcher: bool):
+def _start(folder: Path, photos: Path, *, launcher: bool):
     command = [sys.executable]
     if launcher:
         command += ["-m", "accelerate.commands.launch"]
         command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
     process = subprocess.Popen(
-        [*command, str(TRAIN), *LONG],
+        [*command, str(TRAIN), "--data", str(photos), *LONG],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -197,8 +184,8 @@ def _check_preempted(folder: Path, reason: str):
     assert newest.name == status["checkpoint"] == f"step-{status['step']:08d}.pt"
 
 
-def test_sigterm_to_the_program_saves_and_exits_with_75(tmp_path):
-    process = _start(tmp_path, launcher=False)
+def test_sigterm_to_the_program_saves_and_exits_with_75(photos, tmp_path):
+    process = _start(tmp_path, photos, launcher=False)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # again, while it saves: once is enough
     _, stderr = process.communicate(timeout=10)
@@ -209,15 +196,15 @@ def test_sigterm_to_the_program_saves_and_exits_with_75(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
 @pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
-def test_a_launcher_that_dies_takes_the_program_with_it_in_good_order(tmp_path, kill):
-    process = _start(tmp_path, launcher=True)
+def test_a_launcher_that_dies_takes_the_program_with_it_in_good_order(photos, tmp_path, kill):
+    process = _start(tmp_path, photos, launcher=True)
     process.send_signal(kill)
     process.communicate(timeout=10)  # the pipes close when the program, which has them from the launcher, is gone
     _check_preempted(tmp_path, "SIGTERM")
 
 
-def test_a_second_interrupt_ends_at_once_and_leaves_valid_checkpoints(tmp_path):
-    process = _start(tmp_path, launcher=False)
+def test_a_second_interrupt_ends_at_once_and_leaves_valid_checkpoints(photos, tmp_path):
+    process = _start(tmp_path, photos, launcher=False)
     os.kill(process.pid, signal.SIGSTOP)  # both are waiting for it when it goes on
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGINT, signal.SIGCONT):
         os.kill(process.pid, number)
@@ -226,15 +213,15 @@ def test_a_second_interrupt_ends_at_once_and_leaves_valid_checkpoints(tmp_path):
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
 
 
-def test_a_time_limit_stops_before_it(tmp_path):
+def test_a_time_limit_stops_before_it(photos, tmp_path):
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, str(TRAIN), *LONG, "--time-limit", "0.5"],
+        [sys.executable, str(TRAIN), "--data", str(photos), *LONG, "--time-limit", "0.2"],
         cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 75, done.stderr
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 12
     _check_preempted(tmp_path, "time limit")

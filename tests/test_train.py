@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainer import checkpoint
 
 TRAIN = ROOT / "train.py"
+QUIET = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
 SMALL = ["--model", "resnet18", "--weights", "none", "--image-size", "32", "--batch-size", "16", "--micro-batch", "4"]
 
 
@@ -157,7 +160,7 @@ def test_config_yaml_repeats_the_run(four_epochs, tmp_path):
 def test_two_processes_train_to_the_same_result_and_write_one_checkpoint(photos, tmp_path):
     """The head alone: a BatchNorm that trains sees other batches on another number of processes."""
     options = ["--data", photos, *SMALL, "--epochs", "2", "--optimizer", "sgd"]  # AdamW would hide a wrong scale
-    one = launch(TRAIN, *options, "--output", "one", cwd=tmp_path)
+    one = train(*options, "--output", "one", cwd=tmp_path)
     two = launch(TRAIN, *options, "--output", "two", cwd=tmp_path, config="cpu_x2")
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     assert "micro-batch 4 × 2 processes × accumulation 2" in two.stdout
@@ -176,25 +179,36 @@ def test_two_processes_train_to_the_same_result_and_write_one_checkpoint(photos,
     assert "epoch 2 of 3 done, step 8" in on.stdout
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "says"),
-    [
-        (["--data", "no/such/folder"], 2, "no/such/folder"),
-        (["--model", "resnet19"], 2, "resnet18"),
-        (["--train", "layer9"], 2, "--train 'layer9' matches no parameter of ResNet"),
-        (["--weights", "no/such/file.pt"], 2, "no/such/file.pt"),
-        (["--batch-size", "60", "--micro-batch", "16"], 2, "batch_size can be 48 or 64"),
-        (["--image-size", "8", "--model", "vgg11"], 2, "pixels"),
-        (["--output", "/proc/nothing"], 74, "/proc/nothing"),
-    ],
-)
-def test_a_mistake_is_one_message_and_nothing_else(arguments, code, says, tmp_path):
-    done = train(*arguments, cwd=tmp_path)
-    assert done.returncode == code
-    assert says in done.stderr
-    assert done.stderr.startswith("error: ")
-    assert "Traceback" not in done.stderr
-    assert os.listdir(tmp_path) == []
+MISTAKES = [
+    (["--data", "no/such/folder"], 2, "no/such/folder"),
+    (["--model", "resnet19"], 2, "resnet18"),
+    (["--train", "layer9"], 2, "--train 'layer9' matches no parameter of ResNet"),
+    (["--weights", "no/such/file.pt"], 2, "no/such/file.pt"),
+    (["--batch-size", "60", "--micro-batch", "16"], 2, "batch_size can be 48 or 64"),
+    (["--image-size", "8", "--model", "vgg11"], 2, "pixels"),
+    (["--output", "/proc/nothing"], 74, "/proc/nothing"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistaken(tmp_path_factory):
+    """All of them at once: most of the time goes into the start of Python."""
+    started = []
+    for arguments, _, _ in MISTAKES:
+        folder = tmp_path_factory.mktemp("mistake")
+        started.append((folder, subprocess.Popen([sys.executable, str(TRAIN), *arguments], cwd=folder, **QUIET)))
+    return started
+
+
+@pytest.mark.parametrize("number", range(len(MISTAKES)), ids=lambda number: " ".join(MISTAKES[number][0]))
+def test_a_mistake_is_one_message_and_nothing_else(mistaken, number):
+    (folder, process), (_, code, says) = mistaken[number], MISTAKES[number]
+    _, stderr = process.communicate(timeout=100)
+    assert process.returncode == code
+    assert says in stderr
+    assert stderr.startswith("error: ")
+    assert "Traceback" not in stderr
+    assert os.listdir(folder) == []
 
 
 def test_an_image_that_cannot_be_read_is_named(photos, tmp_path):

@@ -3,15 +3,13 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, launch
+from conftest import tiny_run
 
 import trainer
 from trainer import checkpoint
 from trainer.errors import CheckpointError, NumericalError
 from trainer.features import Kept
 from trainer.freezing import frozen_tensors
-
-TINY_RUN = ROOT / "tests" / "tiny_run.py"
 
 
 def _loop(
@@ -243,11 +241,9 @@ def test_loading_what_does_not_fit_changes_nothing_and_says_what(tiny, tmp_path,
     assert (fresh.epoch, len(fresh.optimizer.state)) == (0, 0)
 
 
-def tiny_run(folder, *options, processes):
+def _ends(folder, *options, processes):
     """Run tiny_run.py to its end; gives the final state of each process."""
-    config = "cpu" if processes == 1 else "cpu_x2"
-    done = launch(TINY_RUN, folder, *options, cwd=folder.parent, config=config, processes=processes)
-    assert done.returncode == 0, done.stderr
+    tiny_run(folder, *options, processes=processes)
     return [torch.load(folder / f"end.{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
@@ -263,12 +259,14 @@ RUNS = {
 def alone(tmp_path_factory):
     """One process with and without a cache: what the others are compared with."""
     folder = tmp_path_factory.mktemp("alone")
-    return {name: tiny_run(folder / name, *options, processes=1)[0] for name, options in RUNS.items()}
+    return {name: _ends(folder / name, *options, processes=1)[0] for name, options in RUNS.items()}
 
 
-@pytest.mark.parametrize(("name", "processes"), [("streamed", 2), ("streamed", 4), ("cached", 2)])
+@pytest.mark.parametrize(
+    ("name", "processes"), [("streamed", 2), pytest.param("streamed", 4, marks=pytest.mark.slow), ("cached", 2)]
+)
 def test_processes_agree_with_each_other_and_with_one(alone, tmp_path, name, processes):
-    expected, states = alone[name], tiny_run(tmp_path / "run", *RUNS[name], processes=processes)
+    expected, states = alone[name], _ends(tmp_path / "run", *RUNS[name], processes=processes)
     for state in states:
         assert all(torch.equal(state["replica"][name], states[0]["replica"][name]) for name in state["replica"])
         assert (state["step"], state["samples"]) == (expected["step"], expected["samples"])
@@ -282,6 +280,6 @@ def test_processes_agree_with_each_other_and_with_one(alone, tmp_path, name, pro
 
 def test_replicas_with_a_batchnorm_that_trains_stay_equal(tmp_path):
     """Its statistics are the main process's when they are evaluated and saved."""
-    first, second = tiny_run(tmp_path / "run", "--train", "block", "fc", "--epochs", "2", processes=2)
+    first, second = _ends(tmp_path / "run", "--train", "block", "fc", "--epochs", "2", processes=2)
     assert all(torch.equal(first["replica"][name], second["replica"][name]) for name in first["replica"])
     assert first["metrics"] == second["metrics"]
