@@ -13,6 +13,7 @@ from torchvision import models
 from trainer import weights as weights_module
 from trainer.backbones import InputSpec, build_model, model_names
 from trainer.errors import DataError, UsageError
+from trainer.freezing import freeze
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers of these two, which the backbones do without
@@ -69,11 +70,9 @@ def test_every_builder(name):
     with torch.device("meta"):
         backbone = build_model(name, 7, weights="none")
         images = torch.empty(2, 3, backbone.input.size, backbone.input.size)  # [B, C, H, W]
-    net, (head,) = backbone.model.train(), backbone.head
-    for parameter in net.parameters():
-        parameter.requires_grad_(False)
-    net.get_submodule(head).requires_grad_(True)
-    logits = net(images)
+    net, (head,) = backbone.model, backbone.head
+    freeze(net, ["head"], head=backbone.head)
+    logits = net.train()(images)
     assert logits.shape == (2, 7)  # in train mode: no tuple
     logits.sum().backward()
     assert {key for key, p in net.named_parameters() if p.grad is not None} == {
