@@ -1,14 +1,19 @@
 """Kill a tiny run at every point of its life, resume it, and compare; used by test_exactness.py.
 
-    python tests/kill_points.py FOLDER [EVENT ...]       # all events without any
+    python tests/kill_points.py FOLDER [EVENT ...] [--processes=N] [--kill-rank=R]       # all events without any
 
-Every run is a fork of this process, which has imported torch and not yet used it: a run takes a third of a second.
+Every process is a fork of this one, which has imported torch and not yet used it: a run takes a third of a second.
+When one of several dies, the others are ended, as the launcher would.
 Prints one line per event: "ok EVENT" or "BAD EVENT: what differs first".
 """
 
 import json
 import os
+import signal
+import socket
 import sys
+import time
+import traceback
 from pathlib import Path
 
 import tiny_run
@@ -37,18 +42,39 @@ ALL = [
 ]
 
 
-def child(folder: Path, *options: str) -> int:
-    """Run tiny_run in a fork; gives its exit code, negative for a signal."""
+def child(folder: Path, *options: str, processes: int = 1) -> list[int]:
+    """Run tiny_run in forks; gives their exit codes, negative for a signal."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    ranks = [_fork(folder, options, rank, processes, port) for rank in range(processes)]
+    codes: dict[int, int] = {}
+    while len(codes) < processes:
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        if codes[pid] != 0:
+            time.sleep(0.2)
+            for other in set(ranks) - codes.keys():
+                os.kill(other, signal.SIGKILL)
+    return [codes[pid] for pid in ranks]
+
+
+def _fork(folder: Path, options: tuple[str, ...], rank: int, processes: int, port: int) -> int:
     pid = os.fork()
     if pid == 0:
         code = 1
         try:
+            if processes > 1:
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+                os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             sys.stderr = open(folder / "stderr.txt", "a")  # noqa: SIM115
             tiny_run.run(tiny_run.parser.parse_args([str(folder), *options]))
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return pid
 
 
 def difference(golden: Path, folder: Path) -> str:
@@ -64,18 +90,18 @@ def difference(golden: Path, folder: Path) -> str:
     return "" if one == other else "final state"
 
 
-def main(root: Path, events: list[str], options: list[str]) -> int:
+def main(root: Path, events: list[str], options: list[str], processes: int) -> int:
     golden = root / "golden"
     golden.mkdir(parents=True)
-    assert child(golden, *options) == 0, (golden / "stderr.txt").read_text()
+    assert not any(child(golden, *options, processes=processes)), (golden / "stderr.txt").read_text()
     bad = 0
     for event in events:
         folder = root / event.replace(":", "-")
         folder.mkdir()
-        killed = child(folder, *options, "--kill", event)
-        again = child(folder, *options)
-        problem = difference(golden, folder) if again == 0 else (folder / "stderr.txt").read_text()[-800:]
-        if killed != -9:
+        killed = child(folder, *options, "--kill", event, processes=processes)
+        again = child(folder, *options, processes=processes)
+        problem = (folder / "stderr.txt").read_text()[-800:] if any(again) else difference(golden, folder)
+        if -signal.SIGKILL not in killed:
             problem = f"was not killed: {killed}"
         if leftover := list((folder / "checkpoints").glob(".tmp-*")):
             problem = f"left {leftover}"
@@ -86,6 +112,7 @@ def main(root: Path, events: list[str], options: list[str]) -> int:
 
 if __name__ == "__main__":
     folder, *rest = sys.argv[1:]
-    options = [word for word in rest if word.startswith("--")]
+    processes = [int(word.removeprefix("--processes=")) for word in rest if word.startswith("--processes=")]
+    options = [word for word in rest if word.startswith("--") and not word.startswith("--processes=")]
     chosen = [word for word in rest if not word.startswith("--")]
-    raise SystemExit(main(Path(folder), chosen or ALL, options))
+    raise SystemExit(main(Path(folder), chosen or ALL, options, *(processes or [1])))

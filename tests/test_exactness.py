@@ -44,6 +44,13 @@ def test_killed_at_every_point(tmp_path, options):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [["--processes=2"], ["--processes=4"], ["--processes=4", "--exact"]], ids=" ".join)
+def test_one_of_several_processes_killed(tmp_path, options):
+    events = [event for event in kill_points.FAST if not event.startswith("micro") or event.endswith(":0")]
+    _kill_and_resume(tmp_path, events, *options)
+
+
+@pytest.mark.slow
 def test_killed_twenty_times_at_random_moments(tmp_path):
     draw, folder, golden = random.Random(0), tmp_path / "run", tmp_path / "golden"
     for path in (folder, golden):
@@ -118,7 +125,7 @@ def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(exact, tmp_
     assert kill_points.difference(exact, tmp_path / "run") == ""
 
 
-@pytest.mark.slow  # the second rendezvous of gloo on one port fails now and then, whatever runs on it
+@pytest.mark.slow
 def test_the_launcher_starts_a_killed_run_again_and_it_ends_in_the_same_bits(two, tmp_path):
     command = [sys.executable, "-m", "accelerate.commands.launch", "--max_restarts", "1"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu_x2.yaml"), str(TINY_RUN), str(tmp_path / "run")]

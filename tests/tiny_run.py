@@ -108,7 +108,8 @@ def run(options: argparse.Namespace) -> None:
     def step(model, batch):
         if model.training:
             event("micro", loop.step + 1, len(seen))
-            seen.append((batch["index"].tolist(), digest(batch["inputs"][0])))
+            entry = (batch["index"].tolist(), digest(batch["inputs"][0]))
+            seen.extend([entry] if entry not in seen else [])  # the trainer may try its first batch before the step
         outputs = plain(model, batch)
         if options.nan is not None and model.training:
             outputs["loss"] = outputs["loss"] * torch.where(batch["index"] == options.nan, float("nan"), 1.0)

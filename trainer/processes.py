@@ -44,6 +44,9 @@ def start(*, exact: bool = False) -> Accelerator:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _join_again(cpu=wants_cpu)
     accelerator = Accelerator(cpu=cpu)
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
@@ -52,6 +55,21 @@ def start(*, exact: bool = False) -> Accelerator:
             "use accelerate_configs/cpu_x2.yaml for processes on CPU, multi_gpu.yaml for GPUs."
         )
     return accelerator
+
+
+def _join_again(*, cpu: bool) -> None:
+    """The process group of a run that the launcher has started again (`--max_restarts`).
+
+    The launcher keeps one store through all of its attempts, in which the processes would find the addresses of those
+    that have died, and wait for them (https://github.com/pytorch/pytorch/issues/135712): each attempt gets a part of
+    the store for itself.
+    """
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    group = torch.distributed
+    store = group.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False)
+    store = group.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    backend = "gloo" if cpu else group.get_default_backend_for_device(torch.accelerator.current_accelerator())
+    group.init_process_group(backend, store=store, rank=rank, world_size=world_size)
 
 
 def say(*lines: str) -> None:

@@ -10,6 +10,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Trainer:
         self.rate = 0.0
         self.totals = Totals(accelerator.device)
         self.metrics: dict[str, dict[str, float]] = {}
-        self._outputs_checked = self._epoch_trained = False
+        self._outputs_checked = self._epoch_trained = self._settled = False
         self._skipped_in_a_row = 0
         self._scaler_state: dict[str, Any] | None = None  # carried through a part of the run without a scaler
         if exact and (buffers := trained_tensors(model).keys() - self.trainable.keys()):
@@ -117,6 +118,8 @@ class Trainer:
         shares = [self.plan.share(window, rank=rank, filler=not self.exact) for window in windows]
         batches = source.batches([micro.indices for share in shares for micro in share], epoch=self.epoch)
         self.tail.train()
+        if windows and self.accelerator.num_processes > 1 and not (self.exact or self._settled):
+            batches = self._settle(shares[0][0], batches)
         for window, share in zip(windows, shares, strict=True):
             self._update(window, share, batches)
             if after_step is not None:
@@ -171,6 +174,22 @@ class Trainer:
         self.accelerator.backward(outputs["loss"].sum() * (scale * micro.counts))
         if micro.counts:
             self.totals.add(outputs)
+
+    def _settle(self, micro: Micro, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """A backward for nothing, so that DDP arranges its buckets now; gives the batches again.
+
+        After its first backward DDP puts the parameters into the order in which their gradients came. With their place
+        in a bucket changes the order in which more than two processes are summed: without this, the first step after a
+        resume would have other bits than the same step of a run that was not interrupted.
+        """
+        first = next(batches)
+        buffers = {name: value.clone() for name, value in self.tail.named_buffers()}
+        self._backward(micro._replace(counts=False), first, scale=0.0)
+        self.optimizer.zero_grad()
+        for name, value in self.tail.named_buffers():  # a BatchNorm that trains has seen the batch
+            value.copy_(buffers[name])
+        self._settled = True
+        return chain([first], batches)
 
     def _reduce_in_order(self, window: list[int], share: list[Micro], batches: Iterator[Batch]) -> None:
         """The gradient of a window as g₀ + g₁ + ..., of its micro-batches in their order, on any number of processes.
