@@ -71,8 +71,13 @@ def main(config: Config) -> None:
     if folder.source is not None:
         loop.load(folder.source)
         say(f"resume  {folder.source}: epoch {loop.epoch} of {optim.epochs} done, step {loop.step}")
-    if loop.epoch >= optim.epochs:
-        say("finished already: nothing to train. Give more --epochs, or start a new run with another --output.")
+
+    def done() -> bool:
+        unbeaten = loop.epoch - loop.metrics["best"]["epoch"] if loop.epoch else 0
+        return loop.epoch >= optim.epochs or (optim.patience is not None and unbeaten >= optim.patience)
+
+    if done():
+        say("finished already: nothing to train. Give more --epochs or --patience, or a new --output.")
         return
     trainer.from_main(accelerator, partial(folder.begin, to_dict(config)))
 
@@ -94,17 +99,20 @@ def main(config: Config) -> None:
             kept = partial(trainer.keep, plan=plan, limit=run.cache_memory, between=guard.check)
             val = kept(val, name="val")
             train = kept(train, name="train") if data.augment == "none" else train
-        for _ in range(loop.epoch, optim.epochs):
+        while not done():
             logs.start_epoch(loop)
             train_means = loop.train_epoch(train, after_step=after_step)
             val_means = loop.evaluate(val, between=guard.check)
             best = val_means["accuracy"] > loop.metrics.get("best", {"accuracy": -1.0})["accuracy"]
-            loop.finish_epoch(train=train_means, val=val_means, best=val_means if best else loop.metrics["best"])
+            top = {**val_means, "epoch": loop.epoch + 1} if best else loop.metrics["best"]
+            loop.finish_epoch(train=train_means, val=val_means, best=top)
             logs.end_epoch(loop, best=best)
             if best:
                 logs.show_predictions(loop, val, val_set, classes)
             loop.save(folder.checkpoints, best=best, keep=run.keep)
     logs.close()
+    if loop.epoch < optim.epochs:
+        say(f"stopped early: no better validation accuracy for {optim.patience} epochs")
     say(f"done: best validation accuracy {loop.metrics['best']['accuracy']:.2%}; {folder.checkpoints / 'best.pt'}")
 
 

@@ -70,6 +70,8 @@ def _fork(folder: Path, options: tuple[str, ...], rank: int, processes: int, por
             sys.stderr = open(folder / "stderr.txt", "a")  # noqa: SIM115
             tiny_run.run(tiny_run.parser.parse_args([str(folder), *options]))
             code = 0
+        except trainer.Preempted as stop:
+            code = stop.exit_code
         except BaseException:
             traceback.print_exc()
         finally:
@@ -101,7 +103,7 @@ def main(root: Path, events: list[str], options: list[str], processes: int) -> i
         killed = child(folder, *options, "--kill", event, processes=processes)
         again = child(folder, *options, processes=processes)
         problem = (folder / "stderr.txt").read_text()[-800:] if any(again) else difference(golden, folder)
-        if -signal.SIGKILL not in killed:
+        if (75 if "--by=TERM" in options else -signal.SIGKILL) not in killed:
             problem = f"was not killed: {killed}"
         if leftover := list((folder / "checkpoints").glob(".tmp-*")):
             problem = f"left {leftover}"

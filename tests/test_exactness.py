@@ -32,7 +32,9 @@ def test_killed_at_any_point_it_ends_in_the_same_bits(tmp_path):
     _kill_and_resume(tmp_path, kill_points.FAST)
 
 
-@pytest.mark.parametrize("options", [["--workers=2"], ["--exact", "--cache"], ["--train=all"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "options", [["--workers=2"], ["--exact", "--cache"], ["--train=all"], ["--by=TERM"]], ids=" ".join
+)
 def test_killed_with_other_settings(tmp_path, options):
     _kill_and_resume(tmp_path, ["step:1", "saved:4", "micro:5:1", "evaluating:1"], *options)
 
@@ -167,11 +169,13 @@ SMALL = ["--model", "resnet18", "--weights", "none", "--image-size", "32", "--ba
 LONG = [*SMALL, "--epochs", "100000", "--output", "run"]  # nobody waits for the end of it
 
 
-def _start(folder: Path, photos: Path, *, launcher: bool):
+def _start(folder: Path, photos: Path, *, launcher: int = 0):
+    """train.py, alone or as so many processes of a launcher, after its first epoch."""
     command = [sys.executable]
     if launcher:
+        name = "cpu" if launcher == 1 else "cpu_x2"
         command += ["-m", "accelerate.commands.launch"]
-        command += ["--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml")]
+        command += ["--config_file", str(ROOT / "accelerate_configs" / f"{name}.yaml")]
     process = subprocess.Popen(
         [*command, str(TRAIN), "--data", str(photos), *LONG],
         cwd=folder,
@@ -192,7 +196,7 @@ def _check_preempted(folder: Path, reason: str):
 
 
 def test_sigterm_to_the_program_saves_and_exits_with_75(photos, tmp_path):
-    process = _start(tmp_path, photos, launcher=False)
+    process = _start(tmp_path, photos)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # again, while it saves: once is enough
     _, stderr = process.communicate(timeout=10)
@@ -202,16 +206,23 @@ def test_sigterm_to_the_program_saves_and_exits_with_75(photos, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
-@pytest.mark.parametrize("kill", [signal.SIGTERM, signal.SIGKILL])
-def test_a_launcher_that_dies_takes_the_program_with_it_in_good_order(photos, tmp_path, kill):
-    process = _start(tmp_path, photos, launcher=True)
-    process.send_signal(kill)
+@pytest.mark.parametrize(
+    ("processes", "kill"),
+    [
+        (1, "KILL"),
+        (2, "TERM"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "TERM"), (1, "USR1"), (2, "KILL"), (2, "USR1"))),
+    ],
+)
+def test_a_launcher_that_dies_takes_the_program_with_it_in_good_order(photos, tmp_path, processes, kill):
+    process = _start(tmp_path, photos, launcher=processes)
+    process.send_signal(signal.Signals[f"SIG{kill}"])
     process.communicate(timeout=10)  # the pipes close when the program, which has them from the launcher, is gone
     _check_preempted(tmp_path, "SIGTERM")
 
 
 def test_a_second_interrupt_ends_at_once_and_leaves_valid_checkpoints(photos, tmp_path):
-    process = _start(tmp_path, photos, launcher=False)
+    process = _start(tmp_path, photos)
     os.kill(process.pid, signal.SIGSTOP)  # both are waiting for it when it goes on
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGINT, signal.SIGCONT):
         os.kill(process.pid, number)

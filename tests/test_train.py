@@ -150,6 +150,20 @@ def test_a_run_can_be_lengthened_in_place(four_epochs, tmp_path):
     assert [event.step for event in events.Scalars("val/loss")] == [4, 8, 12, 16, 20]
 
 
+def test_a_run_that_does_not_get_better_stops_early_and_stays_stopped(photos, tmp_path):
+    options = ["--data", photos, *SMALL, "--epochs", "50", "--lr", "1e-9", "--patience", "2", "--workers", "0"]
+    done = train(*options, "--output", "run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "no better validation accuracy for 2 epochs" in done.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    best = checkpoint.read(tmp_path / "run" / "checkpoints" / "best.pt")["epoch"]
+    assert best == 1 + max(range(len(lines)), key=lambda number: lines[number]["val"]["accuracy"])
+    assert len(lines) == best + 2
+    again = train("--resume", "run", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "finished already" in again.stdout
+
+
 def test_config_yaml_repeats_the_run(four_epochs, tmp_path):
     done = train("--config", four_epochs / "config.yaml", "--epochs", "1", "--output", tmp_path / "again", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -97,10 +97,10 @@ def run(options: argparse.Namespace) -> None:
     images = torch.randint(0, 256, (count, 3, 8, 8), dtype=torch.uint8, generator=draw)
     labels = [int(image.float().mean() * 10) % 3 for image in images]
     torch.manual_seed(0)
-    model = TinyNet()
+    model = TinyNet().to(accelerator.device)
     freeze_plan = trainer.freeze(model, options.train)
-    normalize = trainer.Normalize((0.5,) * 3, (0.25,) * 3)
-    parts = trainer.split_model(model, normalize(images[:1]))
+    normalize = trainer.Normalize((0.5,) * 3, (0.25,) * 3).to(accelerator.device)
+    parts = trainer.split_model(model, normalize(images[:1].to(accelerator.device)))
     plan = trainer.BatchPlan(count, options.batch_size, options.micro_batch, accelerator.num_processes)
     seen: list[tuple[list[int], str]] = []
     plain = trainer.classification(label_smoothing=0.1)
@@ -112,7 +112,8 @@ def run(options: argparse.Namespace) -> None:
             seen.extend([entry] if entry not in seen else [])  # the trainer may try its first batch before the step
         outputs = plain(model, batch)
         if options.nan is not None and model.training:
-            outputs["loss"] = outputs["loss"] * torch.where(batch["index"] == options.nan, float("nan"), 1.0)
+            factors = torch.where(batch["index"] == options.nan, float("nan"), 1.0)
+            outputs["loss"] = outputs["loss"] * factors.to(accelerator.device)
         return outputs
 
     loop = trainer.Trainer(

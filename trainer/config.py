@@ -63,6 +63,8 @@ class OptimConfig:
 
     epochs: int = 10
     """Times that every training image is used. The demo uses 40."""
+    patience: int | None = None
+    """Epochs without a better validation accuracy after which training stops; None: it never stops early."""
     batch_size: int = 64
     """Images per optimizer step, over all processes."""
     micro_batch: int | None = None
@@ -293,6 +295,7 @@ def _check(config: Config) -> None:
         ("image-size", d.image_size, d.image_size is None or d.image_size > 0, "at least 1 pixel"),
         ("workers", d.workers, d.workers is None or d.workers >= 0, "0 or more processes"),
         ("epochs", o.epochs, o.epochs >= 1, "at least 1"),
+        ("patience", o.patience, o.patience is None or o.patience >= 1, "at least 1 epoch"),
         ("batch-size", o.batch_size, o.batch_size >= 1, "at least 1 image"),
         ("micro-batch", o.micro_batch, o.micro_batch is None or o.micro_batch >= 1, "at least 1 image"),
         ("lr", o.lr, 0 < o.lr < float("inf"), "a number above 0"),
