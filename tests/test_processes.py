@@ -37,6 +37,14 @@ def test_fail_prints_one_line_and_gives_the_exit_code(capsys):
     assert capsys.readouterr().err.splitlines()[:2] == ["error: wrong", "error: bad"]
 
 
+def test_what_all_processes_of_a_machine_find_is_said_once(capsys, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert processes.fail(UsageError("wrong")) == 2
+    assert processes.fail(processes.Elsewhere("process 0 failed: bad", exit_code=65)) == 65
+    assert processes.fail(DataError("my bad")) == 65
+    assert capsys.readouterr().err == "error: my bad\n"
+
+
 def test_cores_are_shared(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
     accelerator = processes.start()

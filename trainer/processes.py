@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, NumericalError, UsageError
 from trainer.preemption import Preempted
 
 T = TypeVar("T")
@@ -184,8 +184,9 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
 def fail(error: BaseException) -> int:
     """Print an error that a user can mend as one message, without a traceback; gives the exit code.
 
-    Every process fails, one speaks.
+    Every process fails, one speaks: what another has said, and what all of a machine find, is not repeated.
     """
-    if os.environ.get("RANK", "0") == "0" or not isinstance(error, Elsewhere):
+    shared = isinstance(error, Elsewhere | UsageError | CheckpointError | NumericalError)
+    if not shared or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"error: {error}", file=sys.stderr, flush=True)
     return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)
