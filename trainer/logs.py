@@ -74,10 +74,12 @@ class Logs:
             rate = (trainer.samples - self._start) / (now - self._began)
             self._bar.set_postfix(shown | {"images/s": f"{rate:,.0f}"}, refresh=False)
             self._shown = now
+        # A point is of its step alone: it does not depend on where the run was interrupted.
+        if (trainer.step + 1) % self.every == 0:
+            self._mark = trainer.totals.sums()
         if trainer.step % self.every == 0:
-            sums = trainer.totals.sums()
-            recent, self._mark = means(sums, since=self._mark), sums
-            self._track(trainer, {f"step/{name}": value for name, value in recent.items()} | {"step/lr": trainer.rate})
+            values = means(trainer.totals.sums(), since=self._mark)
+            self._track(trainer, {f"step/{name}": value for name, value in values.items()} | {"step/lr": trainer.rate})
 
     def end_epoch(self, trainer: Trainer, *, best: bool) -> None:
         """One line on the console and in metrics.jsonl, one point per curve, from `trainer.metrics`.
