@@ -59,11 +59,12 @@ def test_windows_start_anywhere():
     assert list(plan.windows(seed=0, epoch=1, start=16)) == list(plan.windows(seed=0, epoch=1))[2:]
 
 
+@pytest.mark.parametrize("samples", [1, 3, 35])
 @pytest.mark.parametrize("processes", [1, 2, 4])
-def test_evaluation_counts_each_sample_once(processes):
+def test_evaluation_counts_each_sample_once(processes, samples):
     plan = BatchPlan(100, 8, 2, processes)
-    batches = [batch for rank in range(processes) for batch in plan.eval_batches(35, rank=rank)]
-    assert sorted(index for batch in batches for index in batch) == list(range(35))
+    batches = [batch for rank in range(processes) for batch in plan.eval_batches(samples, rank=rank)]
+    assert sorted(index for batch in batches for index in batch) == list(range(samples))
 
 
 def test_plan_prints_its_arithmetic():

@@ -75,6 +75,20 @@ def test_accumulated_gradients_are_those_of_one_big_batch(tiny, micro):
     torch.testing.assert_close(tiny.fc.bias, fc.bias, rtol=1e-5, atol=1e-6)
 
 
+def test_each_micro_batch_of_each_step_draws_its_own_numbers(tiny):
+    draws = []
+
+    def step(model, batch):
+        draws.append(torch.rand(()).item())
+        return trainer.classification()(model, batch)
+
+    loop, source = _loop(tiny, step=step)
+    loop.train_epoch(source)
+    loop.finish_epoch()
+    loop.train_epoch(source)
+    assert len(set(draws)) == len(draws) == 12  # 21 = 8 + 8 + 5 samples in micro-batches of 4, two epochs
+
+
 def test_clipping(tiny):
     loop, source = _loop(tiny, train=["fc"], optimizer="sgd", lr=1.0, clip_norm=1e-3, samples=8)
     for group in loop.optimizer.param_groups:
