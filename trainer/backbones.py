@@ -160,7 +160,7 @@ def build_model(
 def restore(path: Path) -> Backbone:
     """The whole model of a checkpoint: its base found again, its plan applied, its trained tensors laid over.
 
-    The model is in train mode, frozen as it was in training; its head has the classes `checkpoint.read(path)["classes"]`.
+    The model is in train mode, frozen as it was in training; its outputs are `checkpoint.read(path)["classes"]`.
 
     Raises CheckpointError if the file is damaged, if its base is not there any more, or is another one than it was.
     """

@@ -38,8 +38,8 @@ class FreezePlan:
 
     def __str__(self) -> str:
         some, total = self.counts
-        shown = " ".join(self.train[:8]) + (f" and {len(self.train) - 8} more rules" if len(self.train) > 8 else "")
-        return f"{shown}: {some:,} of {total:,} parameters train ({some / total:.2%})"
+        said = " ".join(self.train) if len(self.train) <= 8 else f"{len(self.train)} rules"
+        return f"{said}: {some:,} of {total:,} parameters train ({some / total:.2%})"
 
     def to_dict(self) -> dict[str, list[str]]:
         """The form that is stored in checkpoints."""
@@ -88,15 +88,15 @@ def freeze(model: nn.Module, train: Iterable[str], *, head: Iterable[str] = ()) 
             trains.setdefault(name, pattern == rule)
     if not any(trains.values()):
         raise UsageError(
-            f"nothing to train: --train {' '.join(train)} leaves no parameter; expected head, all, or module names "
-            "such as layer4."
+            f"nothing to train: the rules are {' '.join(train) or 'none'}; expected head, all, or module names such "
+            "as layer4."
         )
     for aliases in names.values():
         if len({trains.get(name, False) for name in aliases}) > 1:
             one, other = (next(n for n in aliases if trains.get(n, False) is wanted) for wanted in (True, False))
             raise UsageError(
-                f"{one} and {other} are one tied parameter; --train {' '.join(train)} trains the first and freezes "
-                "the second. Train both, or neither."
+                f"{one} and {other} are one tied parameter, and --train trains the first and freezes the second. "
+                "Train both, or neither."
             )
     for parameter, aliases in names.items():
         parameter.requires_grad_(trains.get(aliases[0], False))

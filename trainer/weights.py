@@ -8,8 +8,8 @@ What `weights` (`--weights`) may be:
     https://host/name-0123abcd.pth    the same behind an http, https or file URL; a hash in the name is verified
     none                              none: random features, for tests and for training from scratch
 
-Weights are found, or it is an error: nothing falls back to random values. How the tensors of a file find their places in
-the model is `Match`; what came of it is a `Report`.
+Weights are found, or it is an error: nothing falls back to random values unasked. Which tensors of a file are taken,
+and where they go, is a `Match`; what came of it is a `Report`.
 """
 
 import argparse
@@ -41,6 +41,7 @@ _TIMEOUT = 60.0  # seconds without a byte after which a download is given up
 _HASH = re.compile(r"-([0-9a-f]{8,})\.")  # torch.hub's convention, name-<sha256 prefix>.pth, without its near misses
 _WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")  # left in names by DataParallel, DDP and torch.compile
 _NESTED = ("state_dict", "model", "model_state", "model_state_dict", "ema")  # where files keep it; the first counts
+_RENAME = ". Names that differ in their beginning are mapped with --weights-rename OLD NEW"
 _RENAMED = (  # files of torchvision's own that carry the names of older code
     (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
     (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
@@ -242,13 +243,14 @@ def load_backbone_state(
     }
     if any(bad.values()) or (match.by == "exact" and any(differ.values())):
         hint = ", made for another image size?" if any("pos_embedding" in k for k in report.shape_differs) else ""
-        way_on = "" if any(bad.values()) else ". To take what fits, and leave the rest random: --weights-match shape"
+        way_on = ". To take what fits, and leave the rest random: --weights-match shape" if fits else _RENAME
+        way_on = "" if any(bad.values()) else way_on
         problems = _listed((differ if match.by == "exact" else {}) | bad)
         raise DataError(f"{file} does not fit {type(model).__name__}{hint}: {problems}{way_on}")
     if not fits or report.coverage < match.coverage:
         raise DataError(
             f"{file} gives {type(model).__name__} only {report}; expected at least {match.coverage:.0%} "
-            f"(--weights-coverage): {_listed(differ | {'missing': report.missing})}"
+            f"(--weights-coverage): {_listed(differ | {'missing': report.missing})}{'' if fits else _RENAME}"
         )
     # Copied: tensors of a file can be views of one memory. Assigned where there is no memory yet to copy into; copying
     # leaves tied parameters tied.
@@ -401,10 +403,10 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         state = state[key]
     if not isinstance(state, Mapping) or not all(isinstance(x, str) and isinstance(state[x], Tensor) for x in state):
         found = f"keys {', '.join(map(str, list(state)[:8]))}" if isinstance(state, Mapping) else type(state).__name__
-        raise DataError(f"{path} is not a state dict, nor holds one as {' or '.join(map(repr, _NESTED))}: found {found}")
+        raise DataError(f"{path} is not a state dict, nor holds one as {', '.join(_NESTED)}: found {found}")
     for name, value in state.items():
-        if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
-            raise DataError(f"{path}: {name} is a sparse, quantised, nested or empty tensor; expected plain ones.")
+        if value.layout is not torch.strided or value.is_nested or value.is_meta:
+            raise DataError(f"{path}: {name} is a sparse, nested or meta tensor; expected plain ones.")
     # An average of weights (torch.optim.swa_utils.AveragedModel) counts how many it is of.
     return _distinct(((_todays_name(key), value) for key, value in state.items() if key != "n_averaged"), path)
 
