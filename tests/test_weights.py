@@ -660,7 +660,7 @@ def test_safetensors_have_no_first_entries(net, tmp_path):
 def test_equal_names_under_two_wrappers_are_refused(net, tmp_path):
     state = other_values(net)
     state["module.bn.bias"] = state["bn.bias"] + 1
-    with pytest.raises(DataError, match="two tensors of .* would be called bn.bias"):
+    with pytest.raises(DataError, match=r"two tensors of .* would be called bn.bias"):
         load(net, write(tmp_path / "x.pth", state))
 
 
