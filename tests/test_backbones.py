@@ -236,7 +236,7 @@ def test_there_must_be_a_file_to_match():
             build_model(model, 7, weights="none", match=Match(by="shape"), head=head)
 
 
-# ------------------------------------------------------------------------------------------------ checkpoints as a start
+# ----------------------------------------------------------------------------------------------- checkpoints as a start
 
 
 def trained(path: Path, backbone: Backbone, rules: list[str], *, name: str, seed: int, size: int | None = None) -> Path:
@@ -270,7 +270,7 @@ def test_a_checkpoint_is_a_start_and_so_is_what_started_from_it(tmp_path):
     assert states_equal(build_model("resnet18", 9, weights=str(path)).model, first.model, without=("fc.",))
 
     path = trained(tmp_path / "2.pt", second, ["freeze:*.bias", "layer1[1:]", "head"], name="resnet18", seed=2)
-    again = restore(path)
+    again = restore(str(path))
     assert states_equal(again.model, second.model)
     plan = {k: p.requires_grad for k, p in second.model.named_parameters()}
     assert {k: p.requires_grad for k, p in again.model.named_parameters()} == plan

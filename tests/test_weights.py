@@ -348,6 +348,13 @@ def test_files_with_odd_keys_and_values(net, tmp_path, content):
         load(net, write(tmp_path / "odd.pth", content))
 
 
+def test_a_dict_that_holds_itself(net, tmp_path):
+    content = {}
+    content["model"] = content
+    with pytest.raises(DataError, match=r"is not a state dict, nor holds one as .*: found keys model"):
+        load(net, write(tmp_path / "endless.pth", content))
+
+
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.zeros(3, device="meta")])
 def test_tensors_without_plain_values(net, tmp_path, odd):

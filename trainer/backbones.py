@@ -157,14 +157,14 @@ def build_model(
     return Backbone(net.to(device), (found,), spec, base, report)
 
 
-def restore(path: Path) -> Backbone:
+def restore(path: str | Path) -> Backbone:
     """The whole model of a checkpoint: its base found again, its plan applied, its trained tensors laid over.
 
     The model is in train mode, frozen as it was in training; its outputs are `checkpoint.read(path)["classes"]`.
 
     Raises CheckpointError if the file is damaged, if its base is not there any more, or is another one than it was.
     """
-    state = checkpoint.read(path)
+    state = checkpoint.read(Path(path))
     try:
         base, config = state["base"], state["config"]
         kind = base["source"]

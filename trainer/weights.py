@@ -399,8 +399,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {code[1]}, not only tensors" if code else re.split(r"\. |\n", str(error))[0]
         raise DataError(f"cannot read {path} as weights: {reason} ({type(error).__name__})") from error
-    while isinstance(state, Mapping) and (key := next((k for k in _NESTED if isinstance(state.get(k), Mapping)), "")):
-        state = state[key]
+    for _ in range(4):  # not for ever: a dict in a file can hold itself
+        if isinstance(state, Mapping):
+            state = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), state)
     if not isinstance(state, Mapping) or not all(isinstance(x, str) and isinstance(state[x], Tensor) for x in state):
         found = f"keys {', '.join(map(str, list(state)[:8]))}" if isinstance(state, Mapping) else type(state).__name__
         raise DataError(f"{path} is not a state dict, nor holds one as {', '.join(_NESTED)}: found {found}")
