@@ -26,8 +26,16 @@ def main(config: Config) -> None:
     load = partial(trainer.load_data, data.data, val_fraction=data.val_fraction, seed=run.seed, root=data.data_root)
     train_images, val_images = trainer.in_turn(accelerator, load)
     classes = list(train_images.classes)
-    build = partial(trainer.build_model, model.name, len(classes), weights=model.weights, image_size=data.image_size)
-    backbone = trainer.in_turn(accelerator, partial(build, seed=run.seed))
+    match = trainer.Match(
+        by=model.weights_match,
+        rename=model.weights_rename,
+        first=model.weights_first,
+        only=model.weights_only,
+        but=model.weights_except,
+        coverage=model.weights_coverage,
+    )
+    build = partial(trainer.build_model, model.name, len(classes), weights=model.weights, match=match)
+    backbone = trainer.in_turn(accelerator, partial(build, image_size=data.image_size, seed=run.seed))
     network, spec = backbone.model.to(accelerator.device), backbone.input
     model.weights = backbone.base.get("weights", model.weights)  # by name: "default" may be another one next year
 
@@ -79,7 +87,7 @@ def main(config: Config) -> None:
     if done():
         say("finished already: nothing to train. Give more --epochs or --patience, or a new --output.")
         return
-    trainer.from_main(accelerator, partial(folder.begin, to_dict(config)))
+    trainer.from_main(accelerator, partial(folder.begin, to_dict(config), plan=freeze_plan, report=backbone.report))
 
     # Features. The trunk's output is a function of the image alone: what is not augmented goes through it once.
     workers = trainer.cores_per_process(accelerator) if data.workers is None else data.workers

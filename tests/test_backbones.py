@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from trainer import checkpoint
 from trainer import weights as weights_module
-from trainer.backbones import InputSpec, build_model, model_names
-from trainer.errors import DataError, UsageError
-from trainer.freezing import freeze
+from trainer.backbones import Backbone, InputSpec, build_model, model_names, restore
+from trainer.errors import CheckpointError, DataError, UsageError
+from trainer.freezing import fingerprint, freeze, trained_tensors
+from trainer.weights import Match
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # second classifiers of these two, which the backbones do without
@@ -160,6 +162,175 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     path = constant_file("resnet34", tmp_path / "resnet34.pth")
     with pytest.raises(DataError, match=r"does not fit ResNet: \d+ unexpected \(layer1\.2\.conv1\.weight"):
         build_model("resnet18", 7, weights=str(path))
+
+
+FAST = ("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "shufflenet_v2_x0_5", "squeezenet1_1")
+SLOW = ("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t")
+SLOW += ("resnet18", "swin_t", "vgg11", "vit_b_32")
+
+
+@pytest.mark.parametrize("name", [*FAST, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_part_of_a_file_over_random_values(name, tmp_path):
+    """Of every family: the lower half of the model's tensors, averaged and wrapped, under another beginning."""
+    plain = build_model(name, 7, weights="none", seed=3)
+    stock = {k: torch.ones_like(v) for k, v in plain.model.state_dict().items() if not k.startswith(plain.head)}
+    kept = list(stock)[: len(stock) // 2]
+    file = {"ema": {f"module.net.{k}": stock[k] for k in kept} | {"n_averaged": torch.tensor(1)}, "epoch": 3}
+    torch.save(file, tmp_path / "half.pt")
+    options = {"weights": str(tmp_path / "half.pt"), "seed": 3}
+    backbone = build_model(name, 7, match=Match(by="shape", rename=("net", ""), coverage=0), **options)
+    for key, value in backbone.model.state_dict().items():
+        assert torch.equal(value, stock[key] if key in kept else plain.model.state_dict()[key]), key
+    outside = {k: p.numel() for k, p in plain.model.named_parameters() if not k.startswith(plain.head)}
+    covered = sum(size for k, size in outside.items() if k in kept)
+    assert backbone.report.loaded == kept
+    assert backbone.report.parameters == (covered, sum(outside.values()))
+    assert backbone.base["match"] == {"by": "shape", "rename": ["net", ""], "coverage": 0}
+    assert backbone.base["seed"] == 3
+    with pytest.raises(DataError, match=r"expected at least 99% \(--weights-coverage\)"):
+        build_model(name, 7, match=Match(by="shape", rename=("net", ""), coverage=0.99), **options)
+
+
+def test_resnet18_into_resnet34(tmp_path):
+    """The numbers were counted by hand, from the layers of the two models."""
+    path = constant_file("resnet18", tmp_path / "resnet18.pth")
+    with pytest.raises(DataError, match=r"only 52.5% of the parameters .*; expected at least 90%"):
+        build_model("resnet34", 7, weights=str(path), match=Match(by="shape"))
+    backbone = build_model("resnet34", 7, weights=str(path), match=Match(by="shape", coverage=0.5))
+    report = backbone.report
+    # 1 + 5 of the stem, 4 · (2 · 12) of the blocks, 3 · 6 of the shortcuts.
+    assert len(report.loaded) == 6 + 96 + 18
+    # Blocks: 1 more in layer1, 2 in layer2, 4 in layer3, 1 in layer4; 2 + 2 · 4 tensors each without the counts.
+    assert len(report.missing) == 8 * 10
+    assert {key.rpartition(".")[0][:8] for key in report.missing} == {
+        *("layer1.2", "layer2.2", "layer2.3", "layer3.2", "layer3.3", "layer3.4", "layer3.5", "layer4.2"),
+    }
+    assert (report.unexpected, report.shape_differs, report.left_out) == ([], [], [])
+    assert report.set_aside == ["fc.weight", "fc.bias"]
+    # A block of c channels has 2 · (9 c² + 2 c) parameters.
+    more = sum(n * 2 * (9 * c * c + 2 * c) for n, c in ((1, 64), (2, 128), (4, 256), (1, 512)))
+    assert report.parameters == (11_176_512, 11_176_512 + more) == (11_176_512, 21_284_672)
+    assert torch.all(backbone.model.layer3[1].conv1.weight == 1)
+    assert backbone.model.layer3[2].conv1.weight.std() > 0
+    assert str(report) == "52.5% of the parameters outside the head; tensors: 120 loaded, 80 missing, 2 set aside"
+    assert backbone.origin == f"weights {path}: {report}"
+
+
+def test_a_head_of_the_same_number_of_classes_is_taken(tmp_path):
+    path = constant_file("resnet18", tmp_path / "x.pth", num_classes=7)
+    backbone = build_model("resnet18", 7, weights=str(path))
+    assert torch.all(backbone.model.fc.weight == 1)
+    assert backbone.report.set_aside == []
+    assert backbone.report.loaded[-2:] == ["fc.weight", "fc.bias"]
+    without = build_model("resnet18", 7, weights=str(path), match=Match(but=("fc",)))
+    assert without.model.fc.weight.std() > 0
+    assert without.report.left_out == ["fc.weight", "fc.bias"]
+    assert without.report.coverage == 1
+
+
+def test_there_must_be_a_file_to_match():
+    for model, head in (("resnet18", None), (models.squeezenet1_1(), "classifier.1")):
+        with pytest.raises(UsageError, match="give --weights a file"):
+            build_model(model, 7, weights="none", match=Match(by="shape"), head=head)
+
+
+# ----------------------------------------------------------------------------------------------- checkpoints as a start
+
+
+def trained(path: Path, backbone: Backbone, rules: list[str], *, name: str, seed: int, size: int | None = None) -> Path:
+    """The checkpoint of a run that put 5 in the place of everything it trained."""
+    plan = freeze(backbone.model, rules, head=backbone.head)
+    for value in trained_tensors(backbone.model).values():
+        value.data.fill_(5)
+    config = {"model": {"name": name}, "data": {"image_size": size}, "run": {"seed": seed}}
+    state = dict.fromkeys(checkpoint.KEYS - {"format"}) | {
+        "model": {k: v.detach().clone() for k, v in trained_tensors(backbone.model).items()},
+        "fingerprint": fingerprint(backbone.model),
+        "freeze_plan": plan.to_dict(),
+        "classes": ["a", "b", "c"],
+        "base": backbone.base,
+        "config": config,
+    }
+    checkpoint.write(path, state)
+    return path
+
+
+def test_a_checkpoint_is_a_start_and_so_is_what_started_from_it(tmp_path):
+    base = constant_file("resnet18", tmp_path / "base.pth")
+    first = build_model("resnet18", 3, weights=str(base), match=Match(but=("bn1",)), seed=1, image_size=64)
+    path = trained(tmp_path / "1.pt", first, ["layer1.0", "head"], name="resnet18", seed=1, size=64)
+    second = build_model("resnet18", 3, weights=str(path), seed=2)
+    assert states_equal(second.model, first.model)
+    assert second.base["path"] == str(path)
+    assert second.report.loaded[-1] == "fc.bias"
+    assert second.input == first.input == InputSpec(64, 73, *IMAGENET, "bilinear")
+    assert build_model("resnet18", 3, weights=str(path), image_size=96).input.size == 96
+    assert states_equal(build_model("resnet18", 9, weights=str(path)).model, first.model, without=("fc.",))
+
+    path = trained(tmp_path / "2.pt", second, ["freeze:*.bias", "layer1[1:]", "head"], name="resnet18", seed=2)
+    again = restore(str(path))
+    assert states_equal(again.model, second.model)
+    plan = {k: p.requires_grad for k, p in second.model.named_parameters()}
+    assert {k: p.requires_grad for k, p in again.model.named_parameters()} == plan
+    assert again.model.training
+    assert not again.model.layer1[0].training
+
+    third = build_model("resnet34", 3, weights=str(path), match=Match(by="shape", coverage=0.5))
+    assert torch.all(third.model.layer1[1].conv1.weight == 5)
+    assert torch.all(third.model.layer1[0].conv1.weight == 5)
+    assert torch.all(third.model.layer3[1].conv1.weight == 1)
+
+
+@pytest.mark.parametrize("name", [pytest.param("googlenet", marks=pytest.mark.slow), "squeezenet1_1"])
+def test_a_checkpoint_over_random_features(name, tmp_path):
+    first = build_model(name, 3, weights="none", seed=4)
+    path = trained(tmp_path / "1.pt", first, ["head"], name=name, seed=4)
+    second = build_model(name, 3, weights=str(path), seed=0)
+    assert states_equal(second.model, first.model)
+    assert getattr(second.model, "transform_input", None) == getattr(first.model, "transform_input", None)
+
+
+def test_a_checkpoint_whose_base_is_gone_or_another(tmp_path):
+    base = constant_file("resnet18", tmp_path / "base.pth")
+    first = build_model("resnet18", 3, weights=str(base))
+    path = trained(tmp_path / "1.pt", first, ["head"], name="resnet18", seed=0)
+    torch.save({k: v + 1 for k, v in torch.load(base, weights_only=True).items()}, base)
+    with pytest.raises(CheckpointError, match=r"the frozen part of this model is not the one"):
+        build_model("resnet18", 3, weights=str(path))
+    base.unlink()
+    with pytest.raises(CheckpointError, match=r"1.pt was trained on cannot be built again: weights '.*base.pth'"):
+        build_model("resnet18", 3, weights=str(path))
+
+
+def test_checkpoints_that_cannot_be_a_start(tmp_path):
+    first = build_model("squeezenet1_1", 3, weights="none")
+    path = trained(tmp_path / "1.pt", first, ["head"], name="squeezenet1_1", seed=0)
+
+    def changed(**entries: object) -> str:
+        state = checkpoint.read(path)
+        del state["format"]
+        checkpoint.write(tmp_path / "changed.pt", state | entries)
+        return str(tmp_path / "changed.pt")
+
+    for entries, says in (
+        ({"base": {"source": "module"}}, "does not say how its model is built: KeyError"),
+        ({"base": None}, "does not say how its model is built"),
+        ({"base": {"source": "file", "path": 3}}, "does not say how its model is built"),
+        ({"base": {"source": "random", "match": {"size": 3}}}, "does not say how its model is built"),
+        ({"config": {}}, "does not say how its model is built: KeyError"),
+        ({"config": {"model": {"name": "os.system"}, "data": {"image_size": None}, "run": {"seed": 0}}}, "os.system"),
+        ({"freeze_plan": {"train": ["layer9"]}}, "cannot be built again: --train 'layer9' matches no parameter"),
+        ({"classes": ["a", "b"]}, r"classifier.1.weight is .*; expected"),
+        # A checkpoint that says it started from itself: no end to it.
+        ({"base": {"source": "file", "path": str(tmp_path / "changed.pt"), "sha256": ""}}, "is another checkpoint now"),
+    ):
+        with pytest.raises(CheckpointError, match=says):
+            build_model("squeezenet1_1", 3, weights=changed(**entries))
+    damaged = bytearray(path.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    path.write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        build_model("squeezenet1_1", 3, weights=str(path))
 
 
 # ----------------------------------------------------------------------------------------------------------- randomness

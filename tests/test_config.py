@@ -32,6 +32,34 @@ def test_stored_settings_repeat_the_run_and_flags_override_them(tmp_path):
     assert (other.optim.lr, other.model.train, other.run.seed) == (0.25, ("head",), 3)
 
 
+def test_a_freeze_plan_becomes_the_rules_of_the_run(tmp_path):
+    plan, settings = tmp_path / "plan.yaml", tmp_path / "settings.yaml"
+    plan.write_text("rules: [{freeze: 're:.*bn'}, {train: [layer4, head]}]")
+    rules = ("freeze:re:.*bn", "layer4", "head")
+    config_of_plan = config.parse(arguments=["--freeze-plan", str(plan)])
+    assert config_of_plan.model.train == rules
+    settings.write_text(yaml.safe_dump(config.to_dict(config_of_plan)))
+    assert "freeze_plan" not in config.to_dict(config_of_plan)["model"]
+    plan.unlink()
+    assert config.parse(arguments=["--config", str(settings)]).model.train == rules
+
+    plan.write_text("rules: [{train: fc}]")
+    assert config.parse(arguments=["--config", str(settings), "--freeze-plan", str(plan)]).model.train == ("fc",)
+    settings.write_text(f"model: {{freeze_plan: {plan}}}")
+    assert config.parse(arguments=["--config", str(settings)]).model.train == ("fc",)
+    assert config.parse(arguments=["--config", str(settings), "--train", "layer4"]).model.train == ("layer4",)
+
+
+def test_lists_are_stored_and_can_be_emptied_again(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    given = ["--weights-only", "layer1", "re:.*bn", "--weights-rename", "module", "", "--weights-first", "3"]
+    settings.write_text(yaml.safe_dump(config.to_dict(config.parse(arguments=given))))
+    again = config.parse(arguments=["--config", str(settings)]).model
+    assert (again.weights_only, again.weights_rename) == (("layer1", "re:.*bn"), ("module", ""))
+    again = config.parse(arguments=["--config", str(settings), "--weights-only", "--weights-first=None"]).model
+    assert (again.weights_only, again.weights_first) == ((), None)
+
+
 def test_stored_settings_do_not_say_how_the_run_was_started():
     stored = config.to_dict(config.parse(arguments=["--output", "x", "--overwrite"]))
     assert not stored["run"].keys() & {"output", "resume", "overwrite", "override", "config"}
@@ -44,6 +72,10 @@ def test_relative_folders_are_stored_absolute(tmp_path, monkeypatch):
     settings = config.parse(arguments=["--data", "photos"])
     assert settings.data.data == "photos", "each machine may have its own"
     assert config.to_dict(settings)["data"]["data"] == str(tmp_path / "photos")
+    (tmp_path / "file.pth").touch()
+    assert config.to_dict(config.parse(arguments=["--weights", "file.pth"]))["model"]["weights"] == str(
+        tmp_path / "file.pth"
+    )
 
 
 @pytest.mark.parametrize(
@@ -58,6 +90,12 @@ def test_relative_folders_are_stored_absolute(tmp_path, monkeypatch):
         (["--keep", "1"], "--keep is 1; expected at least 2"),
         (["--warmup", "3"], "--warmup is 3.0; expected a share of the run"),
         (["--config", "missing.yaml"], "cannot read --config missing.yaml"),
+        (["--freeze-plan", "missing.yaml"], "cannot read the freeze plan missing.yaml"),
+        (["--freeze-plan", "plan.yaml", "--train", "layer4"], "--train and --freeze-plan both say what trains"),
+        (["--weights-rename", "a", "b", "c"], "--weights-rename is ('a', 'b', 'c'); expected pairs of names"),
+        (["--weights-first", "0"], "--weights-first is 0; expected at least 1"),
+        (["--weights-coverage", "90"], "--weights-coverage is 90.0; expected a share"),
+        (["--weights-match", "size"], "invalid choice 'size'"),
     ],
 )
 def test_a_wrong_flag_is_one_message_and_exit_code_2(arguments, says, capsys):
@@ -74,6 +112,7 @@ def test_a_wrong_flag_is_one_message_and_exit_code_2(arguments, says, capsys):
         ("optims: {lr: 1}", "unknown group 'optims' in the configuration file; did you mean optim?"),
         ("optim: {lr: fast}", "could not convert string to float: 'fast'"),
         ("optim: {lr: {a: 1}}", "optim.lr holds dict; expected a plain value"),
+        ("model: {train: [--overwrite]}", "model.train holds ['--overwrite'], which the command line would take"),
         ("optim: 3", "optim: holds 3; expected settings such as epochs"),
         ("[1, 2]", "holds list; expected groups of settings"),
         ("optim: {lr: !!python/object/apply:os.system ['true']}", "is not plain YAML"),

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from trainer.backbones import build_model
 from trainer.errors import CheckpointError, UsageError
 from trainer.freezing import (
     check_fingerprint,
@@ -13,6 +14,7 @@ from trainer.freezing import (
     lock_eval,
     trained_tensors,
 )
+from trainer.rules import read
 
 
 def test_freeze_by_name_pattern_and_word(tiny):
@@ -103,3 +105,91 @@ def test_fingerprint_takes_every_dtype():
     model = nn.Linear(3, 2)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
         assert len(fingerprint(model.to(dtype).requires_grad_(False))) == 2
+
+
+def test_the_first_rule_that_names_a_parameter_decides(tiny):
+    assert freeze(tiny, ["freeze:block.1", "block", "fc"]).trainable == (
+        *("block.0.weight", "block.0.bias", "fc.weight", "fc.bias"),
+    )
+    assert not tiny.block[1].training
+    assert tiny.block[0].training
+    assert "block.1.running_mean" in frozen_tensors(tiny)
+    assert "block.1.weight" in freeze(tiny, ["block", "freeze:block.1", "fc"]).trainable
+    assert freeze(tiny, ["freeze:*.bias", "freeze:re:.*bn", "head"], head=["fc"]).trainable == ("fc.weight",)
+    assert freeze(tiny, ["block[1:]", "[-1:]"]).trainable[0] == "block.1.weight"
+
+
+@pytest.mark.parametrize("rules", [["freeze:all"], ["freeze:fc", "fc"]])
+def test_a_plan_that_trains_nothing_is_refused(tiny, rules):
+    with pytest.raises(UsageError, match="nothing to train: the rules are freeze:"):
+        freeze(tiny, rules)
+    assert all(parameter.requires_grad for parameter in tiny.parameters())
+
+
+def test_a_freezing_rule_that_names_nothing_is_an_error(tiny):
+    with pytest.raises(UsageError, match=r"'block\[7:9\]' matches no parameter of TinyNet"):
+        freeze(tiny, ["freeze:block[7:9]", "fc"])
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml"])
+@pytest.mark.parametrize("names", [True, False])
+def test_an_exported_plan_applies_to_another_model(tiny, tmp_path, suffix, names):
+    plan = freeze(tiny, ["freeze:re:.*\\.1", "block", "head"], head=["fc"])
+    plan.save(tmp_path / f"plan{suffix}", names=names)
+    freeze(tiny, ["all"])
+    again = freeze(tiny, read(tmp_path / f"plan{suffix}"), head=["fc"])
+    assert (again.trainable, again.frozen, again.counts) == (plan.trainable, plan.frozen, plan.counts)
+    assert str(again).startswith("freeze:conv.weight " if names else "freeze:re:.*\\.1 block head: ")
+    assert str(freeze(tiny, ["fc"] * 9)) == "9 rules: 27 of 459 parameters train (5.88%)"
+    if not names:
+        assert again == plan
+
+
+class Tied(nn.Module):
+    """The first and the last layer are one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.last.weight = self.first.weight
+
+    def forward(self, images):
+        return self.last(self.middle(self.first(images)))
+
+
+def test_tied_parameters_are_one():
+    model = Tied()
+    plan = freeze(model, ["first", "last"])
+    assert plan.trainable == ("first.weight", "first.bias", "last.bias")
+    assert plan.counts == (24, 44)
+    assert trained_tensors(model).keys() == {"first.weight", "first.bias", "last.bias"}, "saved once"
+    plan = freeze(model, ["middle"])
+    assert set(plan.frozen) == {"first.weight", "last.weight", "first.bias", "last.bias"}, "each by all its names"
+    assert "last.weight" not in frozen_tensors(model)
+
+
+def test_a_plan_that_parts_tied_parameters_is_refused():
+    model = Tied()
+    for rules in (["last"], ["freeze:first", "all"], ["freeze:last.weight", "all"]):
+        with pytest.raises(UsageError, match=r"(first|last).weight and (first|last).weight are one tied parameter"):
+            freeze(model, rules)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+FAMILIES = ("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "maxvit_t", "mnasnet0_5")
+FAMILIES += ("mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5", "squeezenet1_1")
+FAMILIES += ("swin_v2_t", "vgg11_bn", "vit_b_32")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plans_of_torchvisions_models(name, tmp_path):
+    with torch.device("meta"):
+        backbone = build_model(name, 7, weights="none")
+    model, head = backbone.model, backbone.head
+    last = list(model._modules)[-2:]
+    plan = freeze(model, ["freeze:*.bias", "[-2:]", "head"], head=head)
+    expected = [key for key, _ in model.named_parameters() if key.split(".")[0] in last and not key.endswith(".bias")]
+    assert list(plan.trainable) == expected
+    assert [key for key, p in model.named_parameters() if p.requires_grad] == expected
+    plan.save(tmp_path / "plan.json", names=True)
+    assert freeze(model, read(tmp_path / "plan.json")).trainable == plan.trainable

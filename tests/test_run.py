@@ -2,8 +2,10 @@ import json
 
 import pytest
 
-from trainer import checkpoint, run
+from trainer import checkpoint, rules, run
 from trainer.errors import UsageError
+from trainer.freezing import FreezePlan
+from trainer.weights import Report
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,17 @@ def test_overwriting_deletes_what_a_run_wrote_but_only_when_the_new_one_begins(t
     new.begin({})
     assert sorted(path.name for path in old.path.iterdir()) == ["checkpoints", "config.yaml", "notes.txt"]
     assert list(old.checkpoints.iterdir()) == []
+
+
+def test_a_run_says_what_it_froze_and_what_became_of_its_weights(tmp_path):
+    names = ["loaded", "missing", "unexpected", "shape_differs", "left_out", "set_aside"]
+    report = Report("x.pth", **{name: [name] for name in names}, parameters=(1, 2))
+    plan = FreezePlan(("fc",), trainable=("fc.bias",), frozen=("conv.weight",), counts=(1, 2))
+    run.open_run("out", None, "x").begin({}, plan=plan, report=report)
+    assert json.loads((tmp_path / "out" / "weights_report.json").read_text())["coverage"] == 0.5
+    assert rules.read(tmp_path / "out" / "freeze_plan.json") == ("freeze:conv.weight", "all")
+    run.open_run("out", None, "x", overwrite=True).begin({}, plan=plan)
+    assert not (tmp_path / "out" / "weights_report.json").exists(), "this one is not about that file"
 
 
 def test_a_file_is_no_folder(tmp_path):

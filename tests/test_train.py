@@ -11,6 +11,7 @@ import torch
 import yaml
 from conftest import ROOT, launch, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torchvision import models
 
 from trainer import checkpoint
 
@@ -193,6 +194,59 @@ def test_two_processes_train_to_the_same_result_and_write_one_checkpoint(photos,
     assert "epoch 2 of 3 done, step 8" in on.stdout
 
 
+@pytest.fixture(scope="module")
+def from_a_file(photos, tmp_path_factory):
+    """Two epochs over half of a file, by a plan in a file; gives the folder."""
+    folder = tmp_path_factory.mktemp("file")
+    stock = models.squeezenet1_1().state_dict()
+    torch.save({"ema": {f"module.{k}": v for k, v in stock.items() if "features.1" not in k}}, folder / "part.pt")
+    (folder / "plan.yaml").write_text("rules: [{freeze: '*.bias'}, {train: ['features[-1:]', head]}]")
+    options = ["--data", photos, *SMALL, "--model", "squeezenet1_1", "--epochs", "2", "--workers", "0"]
+    options += ["--weights", "part.pt", "--weights-match", "shape", "--weights-coverage", "0.3"]
+    done = train(*options, "--freeze-plan", "plan.yaml", "--output", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_a_run_from_part_of_a_file_by_a_plan_says_so(from_a_file):
+    folder, output = from_a_file
+    report = json.loads((folder / "run" / "weights_report.json").read_text())
+    assert f"weights {folder / 'part.pt'}: {int(1000 * report['coverage']) / 10:g}% of the parameters" in output
+    assert f"{len(report['loaded'])} loaded, {len(report['missing'])} missing, 2 set aside" in output
+    assert "train   freeze:*.bias features[-1:] head:" in output
+    settings = yaml.safe_load((folder / "run" / "config.yaml").read_text())["model"]
+    assert settings["train"] == ["freeze:*.bias", "features[-1:]", "head"]
+    assert (settings["weights"], settings["weights_match"]) == (str(folder / "part.pt"), "shape")
+
+
+def test_it_goes_on_to_the_bit_without_the_plan_file(from_a_file, tmp_path):
+    folder, _ = from_a_file
+    (folder / "plan.yaml").unlink(missing_ok=True)
+    first, last = checkpoint.steps(folder / "run" / "checkpoints")
+    done = train("--resume", first, "--output", "again", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    left, right = _tensors(last), _tensors(tmp_path / "again" / "checkpoints" / last.name)
+    assert left.keys() == right.keys()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+    assert "classifier.1.bias" not in left
+
+
+def test_its_frozen_names_and_its_checkpoint_serve_another_run(from_a_file, photos, tmp_path):
+    run = from_a_file[0] / "run"
+    edited = json.loads((run / "freeze_plan.json").read_text())
+    edited["rules"][0]["freeze"].remove("classifier.1.bias")
+    (tmp_path / "plan.json").write_text(json.dumps(edited))
+    options = ["--data", photos, *SMALL, "--model", "squeezenet1_1", "--epochs", "1", "--seed", "9", "--workers", "0"]
+    options += ["--weights", run / "checkpoints" / "best.pt", "--freeze-plan", "plan.json", "--output", "next"]
+    done = train(*options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "best.pt: 100% of the parameters outside the head; tensors: 52 loaded\n" in done.stdout
+    state = checkpoint.read(tmp_path / "next" / "checkpoints" / "best.pt")
+    before = checkpoint.read(run / "checkpoints" / "best.pt")
+    assert set(state["freeze_plan"]["trainable"]) == {*before["freeze_plan"]["trainable"], "classifier.1.bias"}
+    assert state["fingerprint"].items() <= before["fingerprint"].items()
+
+
 MISTAKES = [
     (["--data", "no/such/folder"], 2, "no/such/folder"),
     (["--model", "resnet19"], 2, "resnet18"),
@@ -201,6 +255,9 @@ MISTAKES = [
     (["--batch-size", "60", "--micro-batch", "16"], 2, "batch_size can be 48 or 64"),
     (["--image-size", "8", "--model", "vgg11"], 2, "pixels"),
     (["--output", "/proc/nothing"], 74, "/proc/nothing"),
+    (["--weights", str(ROOT / "README.md")], 65, "as weights"),
+    (["--freeze-plan", str(ROOT / "README.md")], 2, "freeze plan"),
+    (["--train", "freeze:all"], 2, "nothing to train"),
 ]
 
 

@@ -1,11 +1,13 @@
 """Weights are found or refused, downloads are whole or absent, and a file fits the model exactly."""
 
 import argparse
+import dataclasses
 import hashlib
 import os
 import re
 import socket
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,7 +21,7 @@ from torchvision import models
 from trainer import weights as weights_module
 from trainer.backbones import model_names
 from trainer.errors import DataError, UsageError
-from trainer.weights import Source, fetch_weights, find_enum, load_backbone_state
+from trainer.weights import Match, Report, Source, fetch_weights, find_enum, load_backbone_state
 
 WAYS_ON = ("--weights FILE", "--weights URL", "--weights none")
 
@@ -97,8 +99,8 @@ def write(path: Path, content: object) -> Path:
     return path
 
 
-def load(net: nn.Module, path: Path, *, heads: tuple[str, ...] = ()) -> None:
-    load_backbone_state(net, Source(path, {}), heads=heads)
+def load(net: nn.Module, path: Path, **options: object) -> Report:
+    return load_backbone_state(net, Source(path, {}), **options)
 
 
 def sha256(content: bytes) -> str:
@@ -332,6 +334,67 @@ def test_files_that_hold_something_else(net, tmp_path, content, found):
         load(net, write(tmp_path / "other.pth", content))
 
 
+@pytest.mark.parametrize(
+    "content",
+    [
+        {1: torch.zeros(1)},
+        {"state_dict": {"conv.weight": [1.0]}},
+        {"conv.weight": torch.zeros(1), "epoch": 3},
+        {"model": {"ema": {"model": 3}}},
+    ],
+)
+def test_files_with_odd_keys_and_values(net, tmp_path, content):
+    with pytest.raises(DataError, match=r"is not a state dict, nor holds one as state_dict, model, .*: found keys"):
+        load(net, write(tmp_path / "odd.pth", content))
+
+
+def test_a_dict_that_holds_itself(net, tmp_path):
+    content = {}
+    content["model"] = content
+    with pytest.raises(DataError, match=r"is not a state dict, nor holds one as .*: found keys model"):
+        load(net, write(tmp_path / "endless.pth", content))
+
+
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
+@pytest.mark.parametrize("odd", [torch.eye(3).to_sparse(), torch.zeros(3, device="meta")])
+def test_tensors_without_plain_values(net, tmp_path, odd):
+    with pytest.raises(DataError, match=r"conv.weight is a sparse, nested or meta tensor; expected plain ones"):
+        load(net, write(tmp_path / "odd.pth", {"conv.weight": odd}))
+
+
+@pytest.mark.parametrize(
+    ("change", "report"),
+    [
+        (lambda s: s.update({"conv.weight": s["conv.weight"].to(torch.int8)}), "torch.int8, not torch.float32"),
+        (lambda s: s.update({"bn.bias": torch.zeros(4, dtype=torch.complex64)}), "torch.complex64, not torch.float32"),
+    ],
+)
+@pytest.mark.parametrize("by", ["exact", "shape"])
+def test_numbers_of_another_kind_are_not_converted(net, tmp_path, change, report, by):
+    state = other_values(net)
+    change(state)
+    with pytest.raises(DataError, match=f"1 of another type .*{report}"):
+        load(net, write(tmp_path / "kind.pth", state), match=Match(by=by, coverage=0))
+
+
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(net, tmp_path):
+    path = write(tmp_path / "plain.pth", {"conv.weight": torch.zeros(1 << 20)})
+    bomb = tmp_path / "bomb.pth"
+    with zipfile.ZipFile(path) as plain, zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED) as packed:
+        for member in plain.namelist():
+            packed.writestr(member, plain.read(member))
+    assert bomb.stat().st_size < 20_000
+    with pytest.raises(DataError, match="compressed members"):
+        load(net, bomb)
+
+
+def test_a_tensor_larger_than_its_file_is_not_made(net, tmp_path):
+    state = other_values(net)
+    state["conv.weight"] = torch.zeros(()).expand(1 << 40)  # one number in the file, 4 TiB in memory
+    with pytest.raises(DataError, match=r"1 of another shape \(conv.weight \[1099511627776\], not \[4, 3, 3, 3\]\)"):
+        load(net, write(tmp_path / "wide.pth", state))
+
+
 @pytest.mark.parametrize("name", ["plain.pt", "plain.safetensors", "zipped.pth", "legacy.pth"])
 def test_formats(net, tmp_path, name):
     state = other_values(net)
@@ -349,12 +412,24 @@ def test_formats(net, tmp_path, name):
     "wrap",
     [
         lambda state: {"state_dict": state, "epoch": 3},
+        lambda state: {"model_state": state, "ema": {}, "epoch": 3},
+        lambda state: {"ema": {"n_averaged": torch.tensor(3)} | {f"module.{k}": v for k, v in state.items()}},
+        lambda state: {"model": {"state_dict": {f"_orig_mod.{k}": v for k, v in state.items()}}},
         lambda state: {"model": state, "optimizer": {}, "args": argparse.Namespace(lr=0.1)},  # torchvision's references
         lambda state: {f"module.{k}": v for k, v in state.items()},
         lambda state: {f"_orig_mod.module.{k}": v for k, v in state.items()},
         lambda state: {k.replace("conv.", "conv._orig_mod."): v for k, v in state.items()},
     ],
-    ids=["state_dict", "reference script", "DataParallel", "compiled DDP", "compiled part"],
+    ids=[
+        "state_dict",
+        "model_state",
+        "average",
+        "nested",
+        "reference script",
+        "DataParallel",
+        "compiled DDP",
+        "compiled part",
+    ],
 )
 def test_wrappings_are_taken_off(net, tmp_path, wrap):
     state = other_values(net)
@@ -485,3 +560,151 @@ def test_mnasnet_loads_without_the_version_it_insists_on(tmp_path):
         models.mnasnet0_5().load_state_dict(state)
     load(net, write(tmp_path / "mnasnet.safetensors", state))
     assert torch.equal(net.layers[0].weight, state["layers.0.weight"])
+
+
+# ------------------------------------------------------------------------------------------------------------- choosing
+
+
+def loaded_of(net: nn.Module, state: dict[str, Tensor]) -> set[str]:
+    """The names under which `net` holds the values of `state`."""
+    return {k for k, v in net.state_dict().items() if k in state and torch.equal(v, state[k])}
+
+
+@pytest.mark.parametrize(
+    ("match", "loaded"),
+    [
+        (Match(only=("conv",)), ["conv.weight"]),
+        (Match(only=("re:bn.(weight|bias)", "fc")), ["bn.weight", "bn.bias", "fc.weight", "fc.bias"]),
+        (Match(only=("[:2]",), but=("*.running_*", "*.num_*")), ["conv.weight", "bn.weight", "bn.bias"]),
+        (Match(but=("head", "bn")), ["conv.weight"]),
+        (Match(first=2), ["conv.weight", "bn.weight"]),
+        (Match(first=3, but=("conv",)), ["bn.weight", "bn.bias"]),
+    ],
+)
+def test_part_of_a_file(net, tmp_path, match, loaded):
+    state = other_values(net)
+    path = write(tmp_path / "x.pth", state)
+    report = load(net, path, own_head="fc", match=dataclasses.replace(match, coverage=0))
+    assert loaded_of(net, state) == set(loaded)
+    assert report.loaded == loaded
+    assert sorted(report.loaded + report.left_out) == sorted(state)
+    assert report.unexpected == report.shape_differs == report.set_aside == []
+    if report.coverage == 1:
+        return
+    with pytest.raises(DataError, match=r"expected at least 99% \(--weights-coverage\): \d missing"):
+        load(net, path, own_head="fc", match=dataclasses.replace(match, coverage=0.99))
+
+
+def test_what_is_chosen_must_still_fit(net, tmp_path):
+    """Choosing excuses what it leaves out, and nothing else."""
+    state = other_values(net)
+    del state["bn.bias"]
+    with pytest.raises(DataError, match=r"does not fit Sequential: 1 missing \(bn.bias\)\. To take what fits"):
+        load(net, write(tmp_path / "x.pth", state), match=Match(but=("fc",), coverage=0))
+
+
+@pytest.mark.parametrize(
+    ("rename", "to_file"),
+    [
+        (("encoder.body", ""), lambda k: f"encoder.body.{k}"),
+        (("encoder.body.", ""), lambda k: f"encoder.body.{k}"),
+        (("", "net"), lambda k: k.removeprefix("net.")),
+        (
+            ("stem", "net.conv", "top.fc", "net.fc", "", "net"),
+            lambda k: {"conv": "stem", "fc": "top.fc", "bn": "bn"}[k[4:].split(".")[0]] + k[k.rindex(".") :],
+        ),
+        (("re:^n(\\w+)\\.gamma$", r"n\1.weight", "", "net"), None),
+    ],
+)
+def test_renaming(net, tmp_path, rename, to_file):
+    net = nn.ModuleDict({"net": net}) if "net" in rename else net
+    state = other_values(net)
+    if to_file is None:
+        rename, to_file = (
+            ("re:^bn\\.gamma$", "net.bn.weight", "", "net"),
+            lambda k: k[4:].replace("bn.weight", "bn.gamma"),
+        )
+    file = {to_file(k): v for k, v in state.items()}
+    assert file.keys() != state.keys()
+    load(net, write(tmp_path / "x.pth", file), match=Match(rename=rename))
+    assert loaded_of(net, state) == state.keys()
+
+
+@pytest.mark.parametrize(
+    ("match", "says"),
+    [
+        (Match(rename=("conv", "bn")), "two tensors of .*x.pth would be called bn.weight here"),
+        (Match(rename=("con", "bn")), r"--weights-rename 'con' fits no name in .*x.pth; there are conv, bn, fc"),
+        (Match(rename=("re:(", "")), r"--weights-rename 're:\(' '': missing \)"),
+        (Match(rename=("re:conv", r"\2")), "--weights-rename 're:conv'"),
+        (Match(only=("layer1",)), "--weights-only 'layer1' fits no name in .*x.pth; there are conv, bn, fc"),
+        (Match(but=("conv", "layer1")), "--weights-except 'layer1' fits no name"),
+        (Match(only=("fc",), coverage=0), r"only 0% of the parameters .* \(--weights-coverage\)"),  # the head alone
+    ],
+)
+def test_a_choice_that_fits_nothing_changes_nothing(net, tmp_path, match, says):
+    before = {key: value.clone() for key, value in net.state_dict().items()}
+    with pytest.raises((DataError, UsageError), match=says):
+        load(net, write(tmp_path / "x.pth", other_values(net)), heads=("fc",), match=match)
+    assert loaded_of(net, before) == before.keys()
+
+
+def test_choices_that_cannot_be():
+    with pytest.raises(UsageError, match="--weights-rename has 1 names; expected pairs"):
+        Match(rename=("a",))
+    with pytest.raises(UsageError, match="--weights-match is 'size'; expected exact or shape"):
+        Match(by="size")
+    match = Match(by="shape", rename=("a", "b"), first=3, only=("a",), but=("b",), coverage=0.5)
+    assert Match.from_dict(match.to_dict()) == match
+    assert Match().to_dict() == {}
+
+
+def test_safetensors_have_no_first_entries(net, tmp_path):
+    with pytest.raises(UsageError, match="in no order; use --weights-only"):
+        load(net, write(tmp_path / "x.safetensors", other_values(net)), match=Match(first=2))
+
+
+def test_equal_names_under_two_wrappers_are_refused(net, tmp_path):
+    state = other_values(net)
+    state["module.bn.bias"] = state["bn.bias"] + 1
+    with pytest.raises(DataError, match=r"two tensors of .* would be called bn.bias"):
+        load(net, write(tmp_path / "x.pth", state))
+
+
+def test_by_shape_what_fits_is_taken_and_the_rest_reported(net, tmp_path):
+    state = other_values(net)
+    state["bn.bias"], state["extra"] = torch.zeros(5), torch.zeros(3)
+    del state["bn.running_var"], state["bn.num_batches_tracked"]
+    state["fc.weight"] = torch.zeros(1000, 4)
+    path = write(tmp_path / "x.pth", state)
+    report = load(net, path, own_head="fc", match=Match(by="shape"))
+    assert loaded_of(net, state) == {"conv.weight", "bn.weight", "bn.running_mean"}
+    assert report.to_dict() == {
+        "coverage": 112 / 116,  # 4·3·3·3 + 4 of 4 more
+        "file": str(path),
+        "loaded": ["conv.weight", "bn.weight", "bn.running_mean"],
+        "missing": ["bn.running_var"],
+        "unexpected": ["extra"],
+        "shape_differs": ["bn.bias [5], not [4]"],
+        "left_out": [],
+        "set_aside": ["fc.weight", "fc.bias"],
+        "parameters": [112, 116],
+    }
+    assert str(report) == (
+        "96.5% of the parameters outside the head; tensors: 3 loaded, 1 missing, 1 unexpected, 1 shape differs, "
+        "2 set aside"
+    )
+    with pytest.raises(
+        DataError, match=r"only 96.5% of .*; expected at least 97% .*1 missing \(bn.running_var\); 1 unex"
+    ):
+        load(net, path, own_head="fc", match=Match(by="shape", coverage=0.97))
+
+
+def test_tied_parameters_stay_tied(tmp_path):
+    net = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
+    net["b"].weight = net["a"].weight
+    state = other_values(net)
+    state["b.weight"] = state["a.weight"]
+    load(net, write(tmp_path / "x.pth", state))
+    assert net["a"].weight is net["b"].weight
+    assert torch.equal(net["a"].weight, state["a.weight"])

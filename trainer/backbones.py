@@ -13,6 +13,8 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
@@ -20,12 +22,15 @@ from torch import nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
-from trainer.errors import UsageError
-from trainer.weights import fetch_weights, find_enum, load_backbone_state
+from trainer import checkpoint
+from trainer.errors import CheckpointError, DataError, UsageError
+from trainer.freezing import check_fingerprint, fingerprint, freeze, trained_tensors
+from trainer.weights import Match, Report, fetch_weights, find_enum, load_backbone_state
 
-__all__ = ["Backbone", "InputSpec", "build_model", "model_names"]
+__all__ = ["Backbone", "InputSpec", "build_model", "model_names", "restore"]
 
 _BUILT_CLASSES = 1000  # what every torchvision builder gives unasked: the layer with so many outputs is the head
+_NAMED = {"torchvision": "weights", "file": "path", "url": "url"}  # where a base of that source says what it is
 _AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}  # second classifiers, halfway up
 
 
@@ -59,20 +64,23 @@ class Backbone:
         {"source": "url", "url": ..., "sha256": ...}
         {"source": "random", "seed": ...}
         {"source": "module"}: they came with the module that was passed in
+        and with them, if the weights were not simply the model: "match": `Match.to_dict()`, "seed" of what they lack.
+    report: what became of the tensors of the file; None if there was none.
     """
 
     model: nn.Module
     head: tuple[str, ...]
     input: InputSpec
-    base: dict[str, str | int]
+    base: dict[str, Any]
+    report: Report | None = None
 
     @property
     def origin(self) -> str:
         """Where the frozen weights come from, for people."""
         if self.base["source"] == "random":
             return f"random weights from seed {self.base['seed']}: its frozen features are random, not learned"
-        named = {"torchvision": "weights", "file": "path", "url": "url"}.get(self.base["source"])
-        return f"weights {self.base[named]}" if named else "weights as they came with the module"
+        named = _NAMED.get(self.base["source"])
+        return f"weights {self.base[named]}: {self.report}" if named else "weights as they came with the module"
 
 
 def model_names() -> list[str]:
@@ -85,6 +93,7 @@ def build_model(
     num_classes: int,
     *,
     weights: str = "default",
+    match: Match | None = None,
     head: str | None = None,
     image_size: int | None = None,
     seed: int = 0,
@@ -93,6 +102,8 @@ def build_model(
 
     model: a name from `model_names()`, or a module that maps images [B, 3, H, W] to logits.
     weights: where the features come from, see `trainer.weights`. A module is taken as it is.
+    match: which tensors of the weights are meant, and where they go; None: all, and each where its name says. The
+        weights' head is taken too if it is one of `num_classes` classes.
     head: name of the last layer, a Linear or an ungrouped Conv2d. Needed for a module, known for a name.
     image_size: crop side, pixels. Default: what the weights were evaluated at (for a module 224); the side before the
         crop keeps its ratio to it. vit and maxvit have it built in, and with pretrained weights take only theirs.
@@ -107,6 +118,9 @@ def build_model(
     """
     if num_classes < 2:
         raise UsageError(f"num_classes is {num_classes}: a classifier needs at least 2 classes")
+    match = match or Match()
+    if match != Match() and (isinstance(model, nn.Module) or weights.lower() == "none"):
+        raise UsageError("--weights-match and its like say how the tensors of a file are taken: give --weights a file")
     if isinstance(model, nn.Module):
         return _adapt_module(model, num_classes, weights=weights, head=head, image_size=image_size, seed=seed)
     if model not in model_names():
@@ -117,21 +131,67 @@ def build_model(
     spec = _input_spec(model, enum, image_size)  # before the download: a wrong size should not cost one
     source = fetch_weights(model, weights)
     pretrained = source.path is not None
+    before = restore(source.path) if pretrained and checkpoint.is_checkpoint(source.path) else None
+    if before and image_size is None:
+        spec = before.input
 
     device = torch.get_default_device()
     # Random values that the file overwrites, or that a meta tensor cannot hold, are not drawn: it would take seconds.
-    unset = init_empty_weights(include_buffers=False) if pretrained or device.type == "meta" else nullcontext()
-    with _seeded(seed, "base"), unset:
-        net = _construct(model, spec.size, pretrained)
+    unset = (pretrained and not match.to_dict()) or device.type == "meta"
+    with _seeded(seed, "base"), init_empty_weights(include_buffers=False) if unset else nullcontext():
+        net = _construct(model, spec.size, getattr(before.model, "transform_input", True) if before else pretrained)
     (found,) = (name for name, layer in net.named_modules() if _outputs(layer) == _BUILT_CLASSES)
     if head not in (None, found):
         raise UsageError(f"the head of {model} is {found!r}, not {head!r}")
-    if pretrained:
-        load_backbone_state(net, source, heads=(found, *_AUXILIARY.get(model, ())))
     with _seeded(seed, "head"):
         _replace(net, found, num_classes, "cpu")
-    base = source.base if pretrained else source.base | {"seed": seed}
-    return Backbone(net.to(device), (found,), spec, base)
+    base, report = source.base, None
+    if pretrained:
+        state = before.model.state_dict() if before else None
+        auxiliary = _AUXILIARY.get(model, ())
+        report = load_backbone_state(net, source, heads=auxiliary, own_head=found, match=match, state=state)
+    if options := match.to_dict():
+        base = base | {"match": options}
+    if not report or options:
+        base = base | {"seed": seed}
+    return Backbone(net.to(device), (found,), spec, base, report)
+
+
+def restore(path: str | Path) -> Backbone:
+    """The whole model of a checkpoint: its base found again, its plan applied, its trained tensors laid over.
+
+    The model is in train mode, frozen as it was in training; its outputs are `checkpoint.read(path)["classes"]`.
+
+    Raises CheckpointError if the file is damaged, if its base is not there any more, or is another one than it was.
+    """
+    state = checkpoint.read(Path(path))
+    try:
+        base, config = state["base"], state["config"]
+        kind = base["source"]
+        weights = "none" if kind == "random" else base[_NAMED[kind]]
+        source = fetch_weights(config["model"]["name"], weights)
+        if kind != "random" and checkpoint.is_checkpoint(source.path) and source.base["sha256"] != base["sha256"]:
+            raise DataError(f"{source.path} is another checkpoint now")  # which could go on like this without an end
+        backbone = build_model(
+            config["model"]["name"],
+            len(state["classes"]),
+            weights=weights,
+            match=Match.from_dict(base.get("match", {})),
+            image_size=config["data"]["image_size"],
+            seed=config["run"]["seed"],
+        )
+        freeze(backbone.model, state["freeze_plan"]["train"], head=backbone.head)
+    except (DataError, UsageError) as error:
+        raise CheckpointError(f"the model that {path} was trained on cannot be built again: {error}") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not say how its model is built: {error!r}") from error
+    live = trained_tensors(backbone.model)
+    check_fingerprint(fingerprint(backbone.model), state["fingerprint"])
+    checkpoint.check_tensors(state["model"], live)
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(state["model"][name])
+    return backbone
 
 
 def _input_spec(model: str, enum: WeightsEnum | None, image_size: int | None) -> InputSpec:

@@ -17,7 +17,7 @@ import re
 import struct
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -123,14 +123,7 @@ def read(path: Path) -> State:
         raise CheckpointError(f"there is no checkpoint {path}.")
     archive = verify(path)
     try:
-        with zipfile.ZipFile(io.BytesIO(archive)) as members:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
-                raise CheckpointError(f"{path} has compressed members, which torch.save never writes.")
-        # weights_only: tensors and plain types alone, no code; stated, because an environment variable can lift the
-        # default.
-        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
+        state = unpack(io.BytesIO(archive))
     except Exception as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     found = state.get("format") if isinstance(state, dict) else None
@@ -141,6 +134,31 @@ def read(path: Path) -> State:
     if missing := KEYS - state.keys():
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}.")
     return state
+
+
+def unpack(file: Path | BinaryIO) -> Any:
+    """What `torch.save` wrote to a file, on the CPU: tensors and plain types alone; no code in it is run.
+
+    Raises:
+        ValueError: it has compressed members, which torch never writes: small files of any size in memory.
+        Exception: nearly any, for a file that is damaged or not torch's.
+    """
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as members:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
+                raise ValueError("it has compressed members, which torch.save never writes")
+    if not isinstance(file, Path):
+        file.seek(0)
+    # weights_only is stated, because an environment variable can lift the default.
+    return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file ends as checkpoints do; `verify` says whether it is whole."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TRAILER.size))
+        return file.read().startswith(_MAGIC)
 
 
 def newest(folder: Path) -> Path | None:

@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
-from trainer import run
+from trainer import rules, run
 from trainer.errors import UsageError
 
 
@@ -52,9 +52,25 @@ class ModelConfig:
     """A torchvision classification model, by its torchvision name."""
     weights: str = "default"
     """default (torchvision's best), none (random), the name of a torchvision weights entry such as IMAGENET1K_V2, a
-    file, or a URL. The demo uses none."""
+    file or a checkpoint of a run, or a URL. The demo uses none."""
+    weights_match: Literal["exact", "shape"] = "exact"
+    """exact: the file is the model, tensor by tensor; shape: take the tensors whose name and shape are the model's."""
+    weights_rename: tuple[str, ...] = ()
+    """OLD NEW ...: put NEW in the place of the beginning OLD of the file's names ('' is the empty one), or, for
+    re:OLD, of what the regular expression finds."""
+    weights_first: int | None = None
+    """Take the first so many entries of the file; None: all."""
+    weights_only: tuple[str, ...] = ()
+    """Take the tensors that these patterns name; the patterns are those of --train. Without any: all."""
+    weights_except: tuple[str, ...] = ()
+    """Take all but the tensors that these patterns name."""
+    weights_coverage: float = 0.9
+    """Least share of the parameters outside the head that the file must give, 0 to 1."""
     train: tuple[str, ...] = ("head",)
-    """What trains: head, all, or modules and parameters by name or pattern, such as: head layer4."""
+    """What trains: head, all, or modules and parameters by name, such as: head layer4; wildcards, features[3:8] for
+    children by number, re:EXPRESSION; with freeze: before it, what does not. The first that fits decides."""
+    freeze_plan: str | None = None
+    """YAML or JSON file with such rules, instead of --train; the freeze_plan.json of a run is one."""
 
 
 @dataclass
@@ -185,12 +201,22 @@ def _layers(own: list[str], *, stored: dict[str, Any] | None = None, description
     """Defaults, demo, stored, file, command line: parsed as one."""
     config = _parse(own, description)
     settings = [] if config.run.config is None else _arguments(_load_yaml(Path(config.run.config)))
-    above = _arguments(stored or {}) + settings + own
+    above = _arguments(stored or {}) + _with_plan(settings) + _with_plan(own)
     config = _parse(above, description)
     if config.data.data.lower() == "digits":
         config = _parse(_DEMO + above, description)
     _check(config)
     return config
+
+
+def _with_plan(arguments: list[str]) -> list[str]:
+    """`--freeze-plan FILE` as the `--train` it stands for: the run must not depend on the file any more."""
+    model = _parse(arguments, "").model
+    if model.freeze_plan is None:
+        return arguments
+    if model.train != ModelConfig.train:
+        raise UsageError("--train and --freeze-plan both say what trains; give one of them.")
+    return [*arguments, "--freeze-plan=None", "--train", *rules.read(Path(model.freeze_plan).expanduser())]
 
 
 def default_name(config: Config) -> str:
@@ -203,7 +229,11 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     values = dataclasses.asdict(config)
     if config.data.data.lower() != "digits" and Path(config.data.data).expanduser().is_dir():
         values["data"]["data"] = os.path.abspath(Path(config.data.data).expanduser())  # works from anywhere
-    values["model"]["train"] = list(config.model.train)
+    if Path(config.model.weights).expanduser().is_file():
+        values["model"]["weights"] = os.path.abspath(Path(config.model.weights).expanduser())
+    del values["model"]["freeze_plan"]  # its rules are in `train`
+    for settings in values.values():
+        settings |= {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
     values["run"] = {name: value for name, value in values["run"].items() if name not in _NOT_STORED}
     return values
 
@@ -256,6 +286,8 @@ def _arguments(values: dict[str, Any]) -> list[str]:
             flag = _flag(fields[name])
             if isinstance(value, bool):
                 arguments.append(flag if value else flag.replace("--", "--no-", 1))
+            elif isinstance(value, list) and any(str(item).startswith("--") for item in value):
+                raise UsageError(f"{group}.{name} holds {value}, which the command line would take for flags.")
             elif isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
                 arguments += [flag, *map(str, value)]
             elif value is None or isinstance(value, str | int | float):
@@ -289,8 +321,11 @@ def _check_resume(stored: dict[str, Any], config: Config) -> None:
 
 def _check(config: Config) -> None:
     """Ranges that types do not express."""
-    d, o, r = config.data, config.optim, config.run
+    d, m, o, r = config.data, config.model, config.optim, config.run
     for name, value, good, expected in (
+        ("weights-rename", m.weights_rename, len(m.weights_rename) % 2 == 0, "pairs of names: OLD NEW"),
+        ("weights-first", m.weights_first, m.weights_first is None or m.weights_first >= 1, "at least 1 entry"),
+        ("weights-coverage", m.weights_coverage, 0 <= m.weights_coverage <= 1, "a share, 0 to 1"),
         ("val-fraction", d.val_fraction, 0 < d.val_fraction < 1, "between 0 and 1"),
         ("image-size", d.image_size, d.image_size is None or d.image_size > 0, "at least 1 pixel"),
         ("workers", d.workers, d.workers is None or d.workers >= 0, "0 or more processes"),

@@ -9,11 +9,12 @@ import hashlib
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from trainer import rules
 from trainer.errors import CheckpointError, UsageError
 
 Fingerprint = dict[str, str]  # tensor name → sha256 of dtype, shape and bytes (first 16 hex digits)
@@ -24,63 +25,99 @@ class FreezePlan:
     """Which parameters train.
 
     Attributes:
-        train: the patterns it was made from.
-        trainable: the names of the parameters that they match, in the model's order.
+        train: the rules it was made from, see `rules`.
+        trainable: the names of the parameters that train, in the model's order; a tied one once.
+        frozen: the names of the others; a tied one with all its names.
         counts: numbers in trainable parameters, and in all.
     """
 
     train: tuple[str, ...]
     trainable: tuple[str, ...]
+    frozen: tuple[str, ...]
     counts: tuple[int, int]
 
     def __str__(self) -> str:
         some, total = self.counts
-        return f"{' '.join(self.train)}: {some:,} of {total:,} parameters train ({some / total:.2%})"
+        said = " ".join(self.train) if len(self.train) <= 8 else f"{len(self.train)} rules"
+        return f"{said}: {some:,} of {total:,} parameters train ({some / total:.2%})"
 
     def to_dict(self) -> dict[str, list[str]]:
         """The form that is stored in checkpoints."""
         return {"train": list(self.train), "trainable": list(self.trainable)}
 
+    def save(self, path: str | Path, *, names: bool = False) -> None:
+        """Write the plan to a file that `--freeze-plan` takes: JSON if it is called .json, otherwise YAML.
+
+        Args:
+            names: not its rules, but what came of them: the name of every frozen parameter.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        frozen = [f"{rules.FREEZE}{name}" for name in self.frozen]
+        rules.write(Path(path), [*frozen, "all"] if names else self.train)
+
 
 def freeze(model: nn.Module, train: Iterable[str], *, head: Iterable[str] = ()) -> FreezePlan:
-    """Let the parameters that a pattern of `train` matches train, freeze the others, keep frozen modules in eval mode.
+    """Let parameters train or not by the first of the rules that names them; keep frozen modules in eval mode.
 
     Args:
         model: any module; its parameters' `requires_grad` and its modules' `train` method are set in place.
-        train: module or parameter names ("layer4", "fc.bias"), with wildcards ("features.[67]*"), or the words
-            "head" (the modules named in `head`) and "all".
+        train: rules (see `rules`): module or parameter names ("layer4", "fc.bias"), wildcards ("features.[67]*"),
+            regular expressions, slices of layers, "head", "all"; with "freeze:" before it, a rule freezes. What none
+            names is frozen. `rules.read` gives those of a file.
         head: names of the head's modules.
 
     Raises:
-        UsageError: a pattern matches no parameter; lists what there is.
+        UsageError: a rule matches no parameter (lists what there is), nothing is left to train, or of a tied parameter
+            one name trains and another is frozen. The model is then unchanged.
     """
-    train = tuple(train)
-    patterns = []
-    for pattern in train:
-        patterns += {"head": list(head), "all": ["*"]}.get(pattern, [pattern])
-    if not patterns:
-        raise UsageError("nothing to train: `train` is empty; expected head, all, or module names such as layer4.")
-    parameters = list(model.named_parameters())
-    for pattern in patterns:
-        if not any(_matches(name, pattern) for name, _ in parameters):
+    train, head = tuple(train), tuple(head)
+    names: dict[nn.Parameter, list[str]] = {}  # a tied parameter has several
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    every = [name for aliases in names.values() for name in aliases]
+    below = children(model)
+    trains: dict[str, bool] = {}
+    for rule in train:
+        pattern = rule.removeprefix(rules.FREEZE)
+        found = rules.named(pattern, every, children=below, head=head)
+        if not found:
             raise UsageError(_no_match(model, pattern))
-    for name, parameter in parameters:
-        parameter.requires_grad_(any(_matches(name, pattern) for pattern in patterns))
+        for name in found:
+            trains.setdefault(name, pattern == rule)
+    if not any(trains.values()):
+        raise UsageError(
+            f"nothing to train: the rules are {' '.join(train) or 'none'}; expected head, all, or module names such "
+            "as layer4."
+        )
+    for aliases in names.values():
+        if len({trains.get(name, False) for name in aliases}) > 1:
+            one, other = (next(n for n in aliases if trains.get(n, False) is wanted) for wanted in (True, False))
+            raise UsageError(
+                f"{one} and {other} are one tied parameter, and --train trains the first and freezes the second. "
+                "Train both, or neither."
+            )
+    for parameter, aliases in names.items():
+        parameter.requires_grad_(trains.get(aliases[0], False))
     for module in model.modules():
         module.__dict__.pop("train", None)  # what an earlier plan locked
     for module in model.modules():
         if is_frozen(module):
             lock_eval(module)
     model.train()
-    trainable = [(name, parameter.numel()) for name, parameter in parameters if parameter.requires_grad]
-    counts = sum(size for _, size in trainable), sum(parameter.numel() for _, parameter in parameters)
-    return FreezePlan(train, tuple(name for name, _ in trainable), counts)
+    trainable = [(aliases[0], parameter.numel()) for parameter, aliases in names.items() if parameter.requires_grad]
+    return FreezePlan(
+        train,
+        trainable=tuple(name for name, _ in trainable),
+        frozen=tuple(name for name in every if not trains.get(name, False)),
+        counts=(sum(size for _, size in trainable), sum(parameter.numel() for parameter in names)),
+    )
 
 
-def _matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` matches a parameter's name or the name of a module that holds it."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
+def children(model: nn.Module) -> dict[str, list[str]]:
+    """For each module, "" is the model itself, the names of its children in their order: what slices count."""
+    return {name: list(module._modules) for name, module in model.named_modules()}
 
 
 def _no_match(model: nn.Module, pattern: str) -> str:

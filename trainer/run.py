@@ -2,6 +2,8 @@
 
 runs/photos-resnet50/
     config.yaml       what the run is; `train.py --config` repeats it
+    freeze_plan.json  the frozen parameters, by name; `train.py --freeze-plan` takes it
+    weights_report.json   what became of the tensors of the weights file
     checkpoints/      step-00000120.pt ..., best.pt
     metrics.jsonl     one line per epoch
     tensorboard/
@@ -23,8 +25,10 @@ import yaml
 from trainer.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
+    from trainer.freezing import FreezePlan
     from trainer.preemption import Preemption
     from trainer.trainer import Trainer
+    from trainer.weights import Report
 
 BEGAN = time.monotonic()  # seconds; about when the program started, as this is imported before torch
 _ROOT = Path("runs")
@@ -124,14 +128,27 @@ class RunFolder:
             raise
         status("completed")
 
-    def begin(self, config: dict[str, Any]) -> None:
-        """Delete what is stale, and write `config.yaml`. Called when nothing can go wrong any more but the disk.
+    def begin(
+        self, config: dict[str, Any], *, plan: "FreezePlan | None" = None, report: "Report | None" = None
+    ) -> None:
+        """Delete what is stale, and write what the run is. Called when nothing can go wrong any more but the disk.
+
+        Args:
+            config: for `config.yaml`.
+            plan: for `freeze_plan.json`.
+            report: for `weights_report.json`.
 
         Raises:
             OSError: the folder cannot be written.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         _replace(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        if plan is not None:
+            plan.save(self.path / "freeze_plan.json", names=True)
+        if report is not None:
+            _replace(self.path / "weights_report.json", json.dumps(report.to_dict(), indent=1) + "\n")
+        else:
+            (self.path / "weights_report.json").unlink(missing_ok=True)  # of an overwritten run
         for path in self.stale:
             if path.is_dir():
                 shutil.rmtree(path)

@@ -4,11 +4,12 @@ What `weights` (`--weights`) may be:
 
     default                           torchvision's recommended weights of the model
     IMAGENET1K_V2                     other torchvision weights of it; ResNet50_Weights.IMAGENET1K_V2 does as well
-    path/to/file.pth                  a state dict in a file: .pt, .pth or .safetensors
+    path/to/file.pth                  a state dict in a file: .pt, .pth or .safetensors; or a checkpoint of a run
     https://host/name-0123abcd.pth    the same behind an http, https or file URL; a hash in the name is verified
     none                              none: random features, for tests and for training from scratch
 
-Weights are found, or it is an error: nothing falls back to random values.
+Weights are found, or it is an error: nothing falls back to random values unasked. Which tensors of a file are taken,
+and where they go, is a `Match`; what came of it is a `Report`.
 """
 
 import argparse
@@ -19,9 +20,10 @@ import socket
 import sys
 import tempfile
 import urllib.error
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -29,13 +31,17 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
+from trainer import checkpoint, rules
 from trainer.errors import DataError, UsageError
+from trainer.freezing import children
 
-__all__ = ["Source", "fetch_weights", "find_enum", "load_backbone_state"]
+__all__ = ["Match", "Report", "Source", "fetch_weights", "find_enum", "load_backbone_state"]
 
 _TIMEOUT = 60.0  # seconds without a byte after which a download is given up
 _HASH = re.compile(r"-([0-9a-f]{8,})\.")  # torch.hub's convention, name-<sha256 prefix>.pth, without its near misses
 _WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")  # left in names by DataParallel, DDP and torch.compile
+_NESTED = ("state_dict", "model", "model_state", "model_state_dict", "ema")  # where files keep it; the first counts
+_RENAME = ". Names that differ in their beginning are mapped with --weights-rename OLD NEW"
 _RENAMED = (  # files of torchvision's own that carry the names of older code
     (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
     (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
@@ -53,8 +59,85 @@ class Source:
     """
 
     path: Path | None
-    base: dict[str, str | int]
+    base: dict[str, Any]
     enum: WeightsEnum | None = None
+
+
+@dataclass(frozen=True)
+class Match:
+    """Which tensors of a file are meant, and where they go. By default the file is the model.
+
+    by: "exact": every tensor chosen below has a place of its shape in the model, and every place outside the head has
+        its tensor in the file, or it is an error. "shape": what has a place of its shape is taken, and nothing else.
+    rename: OLD, NEW, OLD, NEW, ...: beginnings of names, in whole parts ("encoder.body"; "" is the empty one), or
+        `re:EXPRESSION` and what `re.sub` puts in its place. The first OLD that fits a name is used.
+    first: choose among the first so many entries of the file.
+    only, but: choose the names that one of these patterns means (see `rules`), and none that one of those means.
+    coverage: least share of the parameters outside the head that must come from the file, 0 to 1.
+
+    Raises UsageError for values that cannot be.
+    """
+
+    by: str = "exact"
+    rename: tuple[str, ...] = ()
+    first: int | None = None
+    only: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
+    coverage: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.by not in ("exact", "shape"):
+            raise UsageError(f"--weights-match is {self.by!r}; expected exact or shape.")
+        if len(self.rename) % 2:
+            raise UsageError(f"--weights-rename has {len(self.rename)} names; expected pairs: OLD NEW, OLD NEW, ...")
+
+    def to_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, in plain types; `from_dict` takes it back."""
+        values = {name: value for name, value in asdict(self).items() if value != getattr(Match, name)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Match":
+        """The inverse of `to_dict`."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+@dataclass(frozen=True)
+class Report:
+    """What became of the tensors of a file, by the names they have in the model.
+
+    loaded: in the model now.
+    missing: of the model, outside the head, and not among those chosen from the file: random.
+    unexpected: of the file, without a place in the model.
+    shape_differs: of both, in two shapes.
+    left_out: of the file, not chosen.
+    set_aside: of the file, chosen, but of a head for other classes.
+    parameters: how many numbers the parameters outside the head have: from the file, and in all.
+    """
+
+    file: str
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+    shape_differs: list[str]
+    left_out: list[str]
+    set_aside: list[str]
+    parameters: tuple[int, int]
+
+    @property
+    def coverage(self) -> float:
+        """Share of the parameters outside the head that came from the file, 0 to 1."""
+        return self.parameters[0] / max(self.parameters[1], 1)
+
+    def __str__(self) -> str:
+        lists = {name.replace("_", " "): value for name, value in asdict(self).items() if isinstance(value, list)}
+        counts = ", ".join(f"{len(value)} {name}" for name, value in lists.items() if value)
+        share = int(1000 * self.coverage) / 10  # rounded down: 100 means all
+        return f"{share:g}% of the parameters outside the head; tensors: {counts or 'none'}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, in plain types: what `weights_report.json` holds."""
+        return {"coverage": self.coverage, **asdict(self), "parameters": list(self.parameters)}
 
 
 def find_enum(model: str, weights: str) -> WeightsEnum | None:
@@ -92,41 +175,160 @@ def fetch_weights(model: str, weights: str) -> Source:
     )
 
 
-def load_backbone_state(model: nn.Module, source: Source, *, heads: tuple[str, ...] = ()) -> None:
-    """Copy the weights of `source` into `model`, exactly: no name missing, none left over, every shape the same.
+def load_backbone_state(
+    model: nn.Module,
+    source: Source,
+    *,
+    heads: tuple[str, ...] = (),
+    own_head: str = "",
+    match: Match | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> Report:
+    """Copy the weights of `source` into `model`; without `match` exactly: no name missing, none left over, every shape
+    the same.
 
     model: on the CPU; parameters on the meta device are given memory here.
     heads: names of modules to leave alone, whether or not the file has values for them.
+    own_head: name of a module that takes the file's values if their shapes are its own, and else is left alone.
+    match: which tensors of the file are meant, and what they are called here.
+    state: the tensors, if they are not those in the file itself.
 
     Names of old torchvision files, and of wrapped models (`module.`, `_orig_mod.`), are translated. Only
     `num_batches_tracked` may be missing: a count that files from before PyTorch 0.4.1 lack and these models never read.
-    Raises DataError, with the names, and then `model` is as it was.
+    Raises DataError, with the names, or UsageError for a pattern that fits nothing, and then `model` is as it was.
     """
     assert source.path is not None, "random features have nothing to load"
-    skip = tuple(f"{name}." for name in heads)
-    given = {k: v for k, v in _read_state(source.path).items() if not k.startswith(skip)}
+    match, file = match or Match(), source.path
+    if match.first is not None and file.suffix == ".safetensors":
+        raise UsageError(f"--weights-first: {file} keeps its tensors by name, in no order; use --weights-only instead.")
+    given = dict(_read_state(file) if state is None else state)
+    if match.rename:
+        given = _distinct(zip(_renamed(list(given), match.rename, file), given.values(), strict=True), file)
+    chosen = {name: given[name] for name in _chosen(list(given), match, model, own_head, file)}
+
     # Filled in and handed back whole, because it carries the format versions that MNASNet refuses to load without.
-    state = model.state_dict()
-    wanted = {k: v for k, v in state.items() if not k.startswith(skip)}
-    both = wanted.keys() & given.keys()
-    reshaped = [k for k in wanted if k in both and given[k].shape != wanted[k].shape]
-    problems = {
-        "missing": [k for k in wanted if k not in both and not k.endswith(".num_batches_tracked")],
-        "unexpected": [k for k in given if k not in both],
-        "of another shape": [f"{k} {list(given[k].shape)}, not {list(wanted[k].shape)}" for k in reshaped],
-        "not finite": [k for k in wanted if k in both and k not in reshaped and not given[k].isfinite().all()],
+    full = model.state_dict()
+    parameters = {k: p.numel() for k, p in model.named_parameters() if not _below(k, (*heads, own_head))}
+    own = [k for k in full if _below(k, (own_head,))]
+    if any(k not in chosen or chosen[k].shape != full[k].shape for k in own):
+        heads = (*heads, own_head)
+    wanted = {k: v for k, v in full.items() if not _below(k, heads)}
+    found = {k: v for k, v in chosen.items() if not _below(k, heads)}
+    fits = [k for k in wanted if k in found and found[k].shape == wanted[k].shape]
+    report = Report(
+        str(file),
+        loaded=fits,
+        missing=[k for k in wanted if k not in found and not k.endswith(".num_batches_tracked")],
+        unexpected=[k for k in found if k not in wanted],
+        shape_differs=[
+            f"{k} {list(found[k].shape)}, not {list(v.shape)}"
+            for k, v in wanted.items()
+            if k in found and found[k].shape != v.shape
+        ],
+        left_out=[k for k in given if k not in chosen],
+        set_aside=[k for k in chosen if _below(k, heads)],
+        parameters=(sum(parameters.get(k, 0) for k in fits), sum(parameters.values())),
+    )
+    differ = {
+        "missing": [k for k in report.missing if k not in given],
+        "unexpected": report.unexpected,
+        "of another shape": report.shape_differs,
     }
-    if any(problems.values()):
-        report = "; ".join(
-            f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
-            for what, names in problems.items()
-            if names
+    # Whole numbers in the place of others are quantised ones, whose scale is somewhere else.
+    kinds = [k for k in fits if found[k].is_complex() or found[k].is_floating_point() < wanted[k].is_floating_point()]
+    values = {k: found[k].detach().to(wanted[k].dtype) for k in fits if k not in kinds}
+    bad = {
+        "of another type": [f"{k} {found[k].dtype}, not {wanted[k].dtype}" for k in kinds],
+        "not finite": [k for k, v in values.items() if not v.isfinite().all()],
+    }
+    if any(bad.values()) or (match.by == "exact" and any(differ.values())):
+        hint = ", made for another image size?" if any("pos_embedding" in k for k in report.shape_differs) else ""
+        way_on = ". To take what fits, and leave the rest random: --weights-match shape" if fits else _RENAME
+        way_on = "" if any(bad.values()) else way_on
+        problems = _listed((differ if match.by == "exact" else {}) | bad)
+        raise DataError(f"{file} does not fit {type(model).__name__}{hint}: {problems}{way_on}")
+    if not fits or report.coverage < match.coverage:
+        raise DataError(
+            f"{file} gives {type(model).__name__} only {report}; expected at least {match.coverage:.0%} "
+            f"(--weights-coverage): {_listed(differ | {'missing': report.missing})}{'' if fits else _RENAME}"
         )
-        hint = ", made for another image size?" if any("pos_embedding" in k for k in reshaped) else ""
-        raise DataError(f"{source.path} does not fit {type(model).__name__}{hint}: {report}")
-    for k in both:  # copied: tensors of a file can be half precision, or views of one memory
-        state[k] = given[k].detach().to(wanted[k].dtype, copy=True, memory_format=torch.contiguous_format)
-    model.load_state_dict(state, assign=True)
+    # Copied: tensors of a file can be views of one memory. Assigned where there is no memory yet to copy into; copying
+    # leaves tied parameters tied.
+    full |= {k: v.clone(memory_format=torch.contiguous_format) for k, v in values.items()}
+    model.load_state_dict(full, assign=any(tensor.is_meta for tensor in model.state_dict().values()))
+    return report
+
+
+def _below(name: str, modules: tuple[str, ...]) -> bool:
+    return name.startswith(tuple(f"{module}." for module in modules if module))
+
+
+def _listed(problems: Mapping[str, list[str]]) -> str:
+    return "; ".join(
+        f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+        for what, names in problems.items()
+        if names
+    )
+
+
+def _renamed(names: list[str], pairs: tuple[str, ...], file: Path) -> list[str]:
+    """The names after `Match.rename`."""
+    todo, used, result = list(zip(pairs[::2], pairs[1::2], strict=True)), set(), []
+    for name in names:
+        options = ((old, _substituted(name, old, new)) for old, new in todo)
+        old, new = next(((old, new) for old, new in options if new is not None), (None, name))
+        used.add(old)
+        result.append(new)
+    for old, _ in todo:
+        if old not in used:
+            raise UsageError(f"--weights-rename {old!r} fits no name in {file}; there are {_tops(names)}.")
+    return result
+
+
+def _substituted(name: str, old: str, new: str) -> str | None:
+    """`name` with `new` for `old`, or None if it has no `old`."""
+    if old.startswith("re:"):
+        try:
+            changed, count = re.subn(old[3:], new, name)
+        except (re.error, IndexError, OverflowError, RecursionError) as error:
+            raise UsageError(f"--weights-rename {old!r} {new!r}: {error}.") from None
+        return changed if count else None
+    old, new = old.rstrip("."), new.rstrip(".")
+    if old and not f"{name}.".startswith(f"{old}."):
+        return None
+    return ".".join(filter(None, (new, name[len(old) :].lstrip("."))))
+
+
+def _chosen(names: list[str], match: Match, model: nn.Module, head: str, file: Path) -> list[str]:
+    """Those of the file's names that `match` chooses."""
+
+    def meant(patterns: tuple[str, ...], flag: str) -> set[str]:
+        found = set()
+        for pattern in patterns:
+            some = rules.named(pattern, names, children=below, head=filter(None, [head]))
+            if not some:
+                raise UsageError(f"{flag} {pattern!r} fits no name in {file}; there are {_tops(names)}.")
+            found.update(some)
+        return found
+
+    below = children(model)
+    only, but = meant(match.only, "--weights-only"), meant(match.but, "--weights-except")
+    return [name for name in names[: match.first] if name not in but and (name in only or not match.only)]
+
+
+def _tops(names: list[str]) -> str:
+    tops = list(dict.fromkeys(name.partition(".")[0] for name in names))
+    return ", ".join(tops[:12]) + (", ..." if len(tops) > 12 else "")
+
+
+def _distinct(items: Iterable[tuple[str, Tensor]], file: Path) -> dict[str, Tensor]:
+    """A dict, once no name is found to appear twice: one tensor would silently take another's place."""
+    result: dict[str, Tensor] = {}
+    for name, value in items:
+        if name in result:
+            raise DataError(f"two tensors of {file} would be called {name} here; choose with --weights-rename.")
+        result[name] = value
+    return result
 
 
 def _by_name(kind: type[WeightsEnum]) -> dict[str, WeightsEnum]:
@@ -191,19 +393,23 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         else:
             # torchvision's training scripts save their arguments beside the model: a Namespace, which is plain data.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                state = torch.load(path, map_location="cpu", weights_only=True)
+                state = checkpoint.unpack(path)
     except Exception as error:  # damaged and foreign files raise nearly anything
         # Of torch's answer only the first sentence: the next ones advise to load the file with weights_only=False.
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds {code[1]}, not only tensors" if code else re.split(r"\. |\n", str(error))[0]
         raise DataError(f"cannot read {path} as weights: {reason} ({type(error).__name__})") from error
-    for key in ("state_dict", "model"):
-        if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
-            state = state[key]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+    for _ in range(4):  # not for ever: a dict in a file can hold itself
+        if isinstance(state, Mapping):
+            state = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), state)
+    if not isinstance(state, Mapping) or not all(isinstance(x, str) and isinstance(state[x], Tensor) for x in state):
         found = f"keys {', '.join(map(str, list(state)[:8]))}" if isinstance(state, Mapping) else type(state).__name__
-        raise DataError(f"{path} is not a state dict, nor holds one as 'state_dict' or 'model': found {found}")
-    return {_todays_name(key): value for key, value in state.items()}
+        raise DataError(f"{path} is not a state dict, nor holds one as {', '.join(_NESTED)}: found {found}")
+    for name, value in state.items():
+        if value.layout is not torch.strided or value.is_nested or value.is_meta:
+            raise DataError(f"{path}: {name} is a sparse, nested or meta tensor; expected plain ones.")
+    # An average of weights (torch.optim.swa_utils.AveragedModel) counts how many it is of.
+    return _distinct(((_todays_name(key), value) for key, value in state.items() if key != "n_averaged"), path)
 
 
 def _todays_name(key: str) -> str:
