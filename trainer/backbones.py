@@ -13,17 +13,17 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torchvision import models
-from torchvision.models import WeightsEnum
 
 from trainer.errors import UsageError
 from trainer.weights import fetch_weights, find_enum, load_backbone_state
 
-__all__ = ["Backbone", "InputSpec", "build_model", "model_names"]
+__all__ = ["Backbone", "InputSpec", "build_model", "builder_arguments", "input_spec", "model_names"]
 
 _BUILT_CLASSES = 1000  # what every torchvision builder gives unasked: the layer with so many outputs is the head
 _AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}  # second classifiers, halfway up
@@ -113,8 +113,7 @@ def build_model(
         close = ", ".join(difflib.get_close_matches(str(model).lower(), model_names(), n=5, cutoff=0))
         raise UsageError(f"there is no model {model!r} among torchvision's classifiers; closest: {close}")
 
-    enum = find_enum(model, weights)
-    spec = _input_spec(model, enum, image_size)  # before the download: a wrong size should not cost one
+    spec = input_spec(model, weights, image_size)  # before the download: a wrong size should not cost one
     source = fetch_weights(model, weights)
     pretrained = source.path is not None
 
@@ -134,8 +133,12 @@ def build_model(
     return Backbone(net.to(device), (found,), spec, base)
 
 
-def _input_spec(model: str, enum: WeightsEnum | None, image_size: int | None) -> InputSpec:
-    """What torchvision's preset for the weights says; for weights not its own, the preset of its recommended ones."""
+def input_spec(model: str, weights: str, image_size: int | None = None) -> InputSpec:
+    """What torchvision's preset for the weights says; for weights not its own, the preset of its recommended ones.
+
+    Takes what `build_model` takes; reads no file, downloads nothing. Raises UsageError for a size that cannot be.
+    """
+    enum = find_enum(model, weights)
     preset = (enum or models.get_model_weights(model).DEFAULT).transforms()
     native = preset.crop_size[0]
     size = native if image_size is None else image_size
@@ -157,18 +160,22 @@ def _has_built_in_size(model: str) -> bool:
     return model.startswith(("vit_", "maxvit_"))
 
 
-def _construct(model: str, size: int, pretrained: bool) -> nn.Module:
-    """The model as torchvision's own builder makes it before it loads pretrained weights, or without any."""
-    kwargs = {}
+def builder_arguments(model: str, size: int, *, pretrained: bool) -> dict[str, Any]:
+    """What `torchvision.models.get_model(model, ...)` takes besides the classes, to build what `build_model` builds."""
     if model in _AUXILIARY:
         # Without the second classifiers: in train mode they are run whatever `aux_logits` says, their BatchNorm moves,
         # inception_v3's fails below 299 pixels, and over frozen features they would train nothing but themselves.
         # The weights want inputs in [-1, 1], which the model sees to. init_weights: the default, but unset it warns.
-        kwargs = {"aux_logits": False, "transform_input": pretrained, "init_weights": True}
-    elif _has_built_in_size(model):
-        kwargs = {"image_size": size} if model.startswith("vit_") else {"input_size": (size, size)}
+        return {"aux_logits": False, "transform_input": pretrained, "init_weights": True}
+    if _has_built_in_size(model):
+        return {"image_size": size} if model.startswith("vit_") else {"input_size": (size, size)}
+    return {}
+
+
+def _construct(model: str, size: int, pretrained: bool) -> nn.Module:
+    """The model as torchvision's own builder makes it before it loads pretrained weights, or without any."""
     try:
-        return models.get_model(model, weights=None, **kwargs)
+        return models.get_model(model, weights=None, **builder_arguments(model, size, pretrained=pretrained))
     except (AssertionError, ValueError) as error:
         if not _has_built_in_size(model):
             raise

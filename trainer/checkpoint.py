@@ -39,10 +39,11 @@ _NAME = re.compile(r"step-(\d{8,})\.pt")
 #   totals       sums of the metrics over the samples used in the epoch under way; empty between epochs
 #   metrics      {"train": {...}, "val": {...}, "best": {...}} of the last finished epoch
 #   fingerprint  {name: sha256}: the frozen tensors, which the file does not hold
+#   compute      {"device": type, "precision": of autocast, "micro_batch": images}: what decides the last digits
 #   freeze_plan, classes, base, config         how to build the model again, and the run
 KEYS = {
     *("format", "model", "optimizer", "scaler", "epoch", "step", "samples", "skipped_samples", "training_samples"),
-    *("totals", "metrics", "fingerprint", "freeze_plan", "classes", "base", "config"),
+    *("totals", "metrics", "fingerprint", "freeze_plan", "classes", "base", "config", "compute"),
 }
 State = dict[str, Any]
 
@@ -111,6 +112,13 @@ def verify(path: Path) -> bytes:
     if len(archive) != length or hashlib.sha256(archive).digest() != digest:
         raise CheckpointError(f"{path} is damaged: its content does not match its sha256.")
     return archive
+
+
+def has_trailer(path: Path) -> bool:
+    """Whether a file ends as a checkpoint does; whether it is a good one, `verify` says."""
+    with open(path, "rb") as file:
+        file.seek(max(path.stat().st_size - _TRAILER.size, 0))
+        return file.read(len(_MAGIC)) == _MAGIC
 
 
 def read(path: Path) -> State:

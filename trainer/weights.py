@@ -31,7 +31,7 @@ from torchvision.models import WeightsEnum
 
 from trainer.errors import DataError, UsageError
 
-__all__ = ["Source", "fetch_weights", "find_enum", "load_backbone_state"]
+__all__ = ["Source", "fetch_weights", "find_enum", "load_backbone_state", "read_state"]
 
 _TIMEOUT = 60.0  # seconds without a byte after which a download is given up
 _HASH = re.compile(r"-([0-9a-f]{8,})\.")  # torch.hub's convention, name-<sha256 prefix>.pth, without its near misses
@@ -104,7 +104,7 @@ def load_backbone_state(model: nn.Module, source: Source, *, heads: tuple[str, .
     """
     assert source.path is not None, "random features have nothing to load"
     skip = tuple(f"{name}." for name in heads)
-    given = {k: v for k, v in _read_state(source.path).items() if not k.startswith(skip)}
+    given = {k: v for k, v in read_state(source.path).items() if not k.startswith(skip)}
     # Filled in and handed back whole, because it carries the format versions that MNASNet refuses to load without.
     state = model.state_dict()
     wanted = {k: v for k, v in state.items() if not k.startswith(skip)}
@@ -162,7 +162,7 @@ def _download(url: str, path: Path, expected: str | None) -> None:
             part = Path(folder, path.name)
             torch.hub.download_url_to_file(url, str(part), expected, progress=sys.stderr.isatty())
             if expected is None:  # torch.hub takes a connection that broke for the end: without a hash, only this tells
-                _read_state(part)
+                read_state(part)
             part.replace(path)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
@@ -183,7 +183,7 @@ def _sha256(path: Path) -> str:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in `path` under the names of today's torchvision; runs no code of the file. Raises DataError."""
     try:
         if path.suffix == ".safetensors":
