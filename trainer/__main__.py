@@ -6,6 +6,7 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m trainer eva
 """
 
 import io
+import os
 import sys
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -14,6 +15,9 @@ from typing import Annotated
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
+
+import trainer
+from trainer.config import speaks
 
 
 @dataclass
@@ -118,24 +122,23 @@ _DOES = {
 
 
 def main() -> None:
-    # Parsed before torch is imported: help and mistakes answer at once.
-    from trainer.config import speaks
-
     commands = [Annotated[kind, subcommand(kind.__name__.lower(), prefix_name=False)] for kind in _DOES]
     kinds = commands[0]
     for kind in commands[1:]:
         kinds = kinds | kind
     with nullcontext() if speaks() else redirect_stderr(io.StringIO()):
         command = tyro.cli(kinds, prog="python -m trainer", description=__doc__.split("\n")[0])
-    import trainer
-
     module, function = _DOES[type(command)].split(".")
 
     def run() -> None:  # imported inside, so that a missing package is a message like any other
-        getattr(import_module(f"trainer.{module}"), function)(**vars(command))
+        try:
+            getattr(import_module(f"trainer.{module}"), function)(**vars(command))
+            sys.stdout.flush()
+        except BrokenPipeError:  # `| head` has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     trainer.run_and_exit(run)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

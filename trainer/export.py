@@ -63,7 +63,7 @@ def export(
     folder = Path(output) if output else home / "export"
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not (overwrite and (folder / ABOUT).is_file()):
-        raise UsageError(f"{folder} is there already. Replace an export with --overwrite, or give another --output.")
+        raise UsageError(f"{folder} is there already; replace an export with --overwrite, or give another --output.")
     loaded = load(path, device="cpu", weights=weights)
     if loaded.builder is None:
         raise UsageError("a module of your own is not torchvision's to build: torch.save(model.state_dict(), FILE).")
@@ -207,7 +207,7 @@ _WRITERS = {
 @torch.no_grad()
 def _program(loaded: Loaded, cases: list[Case], raw: bool) -> torch.export.ExportedProgram:
     """The model as a graph, for any number of images; `raw`: with the preprocessing, for any size of them."""
-    model, example, dims = loaded.model, cases[0][0].expand(2, -1, -1, -1), {0: torch.export.Dim("batch")}
+    model, example, dims = loaded.model, cases[-1][0].expand(2, -1, -1, -1), {0: torch.export.Dim("batch")}
     if raw:
         model = nn.Sequential(Preprocess(loaded.input), model).eval()
         dims |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}
