@@ -114,13 +114,6 @@ def verify(path: Path) -> bytes:
     return archive
 
 
-def has_trailer(path: Path) -> bool:
-    """Whether a file ends as a checkpoint does; whether it is a good one, `verify` says."""
-    with open(path, "rb") as file:
-        file.seek(max(path.stat().st_size - _TRAILER.size, 0))
-        return file.read(len(_MAGIC)) == _MAGIC
-
-
 def read(path: Path) -> State:
     """Read and verify a checkpoint; its tensors are on the CPU.
 
@@ -149,6 +142,14 @@ def read(path: Path) -> State:
     if missing := KEYS - state.keys():
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}.")
     return state
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file ends as checkpoints do; `verify` says whether it is whole."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TRAILER.size))
+        return file.read().startswith(_MAGIC)
 
 
 def newest(folder: Path) -> Path | None:

@@ -92,7 +92,7 @@ def inspect(
 
 def _open(path: Path) -> tuple[dict[str, Tensor], checkpoint.State | None]:
     """The tensors of a file; and what a checkpoint or an export says of itself."""
-    if not (path.parent.name == "checkpoints" or checkpoint.has_trailer(path) or loading.is_export(path)):
+    if not (path.parent.name == "checkpoints" or checkpoint.is_checkpoint(path) or loading.is_export(path)):
         return read_state(path), None
     state = loading.read(path)
     return state["model"], state

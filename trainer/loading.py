@@ -110,10 +110,10 @@ def load(
         state["base"] = backbone.base  # where they are now
         if not own and builder is None:
             name = state["config"]["model"]["name"]
-            arguments = builder_arguments(name, spec.size, pretrained=backbone.base["source"] != "random")
-            if "init_weights" in arguments:
-                arguments["init_weights"] = False  # values that are replaced at once; left unset it warns
-            builder = {"name": name, "num_classes": len(state["classes"]), **arguments}
+            builder = {"name": name, "num_classes": len(state["classes"])}
+            builder |= builder_arguments(name, spec.size, pretrained=getattr(model, "transform_input", False))
+            if "init_weights" in builder:
+                builder["init_weights"] = False  # values that are replaced at once; left unset it warns
     model.eval().to(device)
     return Loaded(model, tuple(state["classes"]), Transform(spec, device), spec, builder, state, path)
 
