@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, command, launch, train
 from PIL import Image
 
-from trainer import checkpoint
+from trainer import checkpoint, evaluation
 from trainer.data import Digits, load_test
 from trainer.errors import DataError, UsageError
 from trainer.evaluation import evaluate_run
@@ -32,6 +32,23 @@ def test_the_same_numbers_as_in_training(digits_run, capsys):
         right = {name: values["samples"] * values["accuracy"] for name, values in found["classes"].items()}
         assert all(count == pytest.approx(round(count)) for count in right.values())
     assert capsys.readouterr().out.count("the same as in training, to the last digit") == 2
+
+
+def test_batches_are_those_of_training(digits_run, tmp_path, monkeypatch):
+    """Here other batches would give the same digits; on other machines they do not."""
+    state = checkpoint.read(digits_run / "checkpoints" / "best.pt")
+    state["compute"]["micro_batch"] = 48
+    del state["format"]
+    checkpoint.write(tmp_path / "x.pt", state)
+    plans, real = [], evaluation.evaluate
+
+    def noted(*args, plan, **rest):
+        plans.append(plan)
+        return real(*args, plan=plan, **rest)
+
+    monkeypatch.setattr(evaluation, "evaluate", noted)
+    evaluate_run(str(tmp_path / "x.pt"))
+    assert (plans[0].micro_batch, plans[0].processes) == (48, 1)
 
 
 def test_a_difference_is_said(digits_run, tmp_path, capsys):

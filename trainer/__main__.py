@@ -11,7 +11,7 @@ import sys
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated
+from typing import Annotated, Union
 
 import tyro
 from tyro.conf import Positional, arg, subcommand
@@ -112,6 +112,7 @@ class Export:
     """Where the frozen weights are, if not where they were in training."""
 
 
+_ABOUT = __doc__.split("\n")[0]
 _DOES = {
     Inspect: "inspection.inspect",
     Verify: "inspection.verify",
@@ -121,13 +122,15 @@ _DOES = {
 }
 
 
-def main() -> None:
+def parse(arguments: list[str] | None = None) -> Inspect | Verify | Evaluate | Predict | Export:
+    """The command of a command line; prints help or one message and exits if it cannot be."""
     commands = [Annotated[kind, subcommand(kind.__name__.lower(), prefix_name=False)] for kind in _DOES]
-    kinds = commands[0]
-    for kind in commands[1:]:
-        kinds = kinds | kind
     with nullcontext() if speaks() else redirect_stderr(io.StringIO()):
-        command = tyro.cli(kinds, prog="python -m trainer", description=__doc__.split("\n")[0])
+        return tyro.cli(Union[*commands], prog="python -m trainer", description=_ABOUT, args=arguments)
+
+
+def main() -> None:
+    command = parse()
     module, function = _DOES[type(command)].split(".")
 
     def run() -> None:  # imported inside, so that a missing package is a message like any other
