@@ -101,6 +101,8 @@ def main(config: Config) -> None:
             loop.save(folder.checkpoints, keep=run.keep)
         if run.check_replicas is not None and loop.step % run.check_replicas == 0:
             loop.check_replicas()
+        if run.check_frozen is not None and loop.step % run.check_frozen == 0:
+            loop.check_frozen()
 
     with folder.outcome(loop, guard, name_of=train_images.name):
         if parts.has_trunk:
@@ -118,6 +120,7 @@ def main(config: Config) -> None:
             if best:
                 logs.show_predictions(loop, val, val_set, classes)
             loop.save(folder.checkpoints, best=best, keep=run.keep)
+        loop.check_frozen()
     logs.close()
     if loop.epoch < optim.epochs:
         say(f"stopped early: no better validation accuracy for {optim.patience} epochs")

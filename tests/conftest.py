@@ -55,6 +55,65 @@ def tiny_run(folder: Path, *options: object, processes: int, check: bool = True)
     return done
 
 
+def command(*arguments: object, cwd: Path, env: dict | None = None):
+    """Run `python -m trainer` alone, as one process."""
+    return subprocess.run(
+        [sys.executable, "-m", "trainer", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="session")
+def digits_run(tmp_path_factory) -> Path:
+    """Two epochs of the demo: the folder of a real run. Not to be changed."""
+    folder = tmp_path_factory.mktemp("digits")
+    done = train("--epochs", "2", "--output", "run", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def write_run(folder: Path, name: str, size: int, *, train: tuple[str, ...] = ("head",), weights: str = "none") -> Path:
+    """A run of any torchvision model as if it had been trained: its trained tensors are moved a little."""
+    from trainer import checkpoint
+    from trainer.backbones import build_model
+    from trainer.freezing import fingerprint, freeze, trained_tensors
+
+    backbone = build_model(name, 3, weights=weights, image_size=size)
+    plan = freeze(backbone.model, train, head=backbone.head)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {}
+    for key, value in trained_tensors(backbone.model).items():
+        value = value.detach().clone()
+        tensors[key] = (
+            value + 0.1 * torch.rand(value.shape, generator=generator) if value.is_floating_point() else value
+        )
+    state = {
+        "model": tensors,
+        "optimizer": {"kind": "AdamW", "state": {}},
+        "scaler": None,
+        **dict.fromkeys(("epoch", "step", "samples", "skipped_samples", "training_samples"), 1),
+        "totals": {},
+        "metrics": {"val": {"loss": 1.0, "accuracy": 0.5}},
+        "fingerprint": fingerprint(backbone.model),
+        "freeze_plan": plan.to_dict(),
+        "classes": ["a", "b", "ç {x}"],
+        "base": backbone.base,
+        "config": {
+            "data": {"data": "nowhere", "data_root": "nowhere", "val_fraction": 0.2, "image_size": size},
+            "model": {"name": name, "weights": weights, "train": list(train)},
+            "run": {"seed": 0, "exact": False},
+        },
+        "compute": {"device": "cpu", "precision": "no", "micro_batch": 4},
+    }
+    (folder / "checkpoints").mkdir(parents=True)
+    checkpoint.write(folder / "checkpoints" / "best.pt", state)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> Path:
     """A folder of JPEGs of two classes, 30 + 10 each: stripes one way, stripes the other, with noise."""

@@ -34,6 +34,7 @@ def state(tiny):
         "classes": ["a", "b", "ç"],
         "base": {"source": "random", "seed": 0},
         "config": {"optim": {"lr": 0.1}},
+        "compute": {"device": "cpu", "precision": "no", "micro_batch": 4},
     }
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from accelerate.commands.launch import launch_command_parser
 
+from trainer.__main__ import parse
 from trainer.config import flags
 
 ROOT = Path(__file__).parents[1]
@@ -111,3 +112,10 @@ def test_train_flags_exist():
 def test_flags_are_found_on_both_sides_of_train():
     text = "```bash\nmkdir -p x && accelerate launch \\\n  --cpu train.py --lr 1 --data=x | tee --append f\n```\n"
     assert launcher_and_train_flags(text) == ({"--cpu"}, {"--lr", "--data"})
+
+
+def test_commands_of_the_package_can_be_parsed():
+    found = [
+        command[command.index("trainer") + 1 :] for command in commands(README) if "-m trainer" in " ".join(command)
+    ]
+    assert {type(parse(words)).__name__ for words in found} == {"Inspect", "Verify", "Evaluate", "Predict", "Export"}

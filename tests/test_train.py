@@ -282,6 +282,19 @@ def test_a_mistake_is_one_message_and_nothing_else(mistaken, number):
     assert os.listdir(folder) == []
 
 
+@pytest.mark.parametrize("options", [["--check-frozen", "1"], []])
+def test_a_frozen_weight_that_moves_ends_the_run(tmp_path, options):
+    """The program with one line of the kind that people add by mistake."""
+    code = TRAIN.read_text().replace("logs.after_step(loop)", "logs.after_step(loop); network.bn1.running_var += 1")
+    (tmp_path / "train.py").write_text(code)
+    done = launch(tmp_path / "train.py", "--epochs", "1", *options, "--output", "run", cwd=tmp_path)
+    assert done.returncode != 0
+    step = 1 if options else 23
+    assert f"error: after step {step} the frozen bn1.running_var is not what it was at the start" in done.stderr
+    status = json.loads((tmp_path / "run" / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("failed", step)
+
+
 def test_an_image_that_cannot_be_read_is_named(photos, tmp_path):
     shutil.copytree(photos, tmp_path / "photos")
     (tmp_path / "photos" / "train" / "down" / "000.jpg").write_bytes(b"not an image")

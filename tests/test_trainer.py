@@ -54,6 +54,19 @@ def test_an_epoch_uses_every_sample_once_and_moves_only_what_trains(tiny):
     )
 
 
+@pytest.mark.parametrize("name", ["conv.weight", "bn.running_mean"])
+def test_a_frozen_tensor_that_moves_is_named(tiny, name):
+    loop, source = _loop(tiny)
+    loop.train_epoch(source)
+    loop.check_frozen()
+    tiny.state_dict()[name].view(torch.int32).flatten()[0] ^= 1
+    with pytest.raises(
+        NumericalError, match=rf"after step 3 the frozen {name} is not what it was.*1 of 7 frozen"
+    ) as caught:
+        loop.check_frozen()
+    assert (caught.value.exit_code, caught.value.step) == (70, 3)
+
+
 @pytest.mark.parametrize("micro", [1, 2, 4])
 def test_accumulated_gradients_are_those_of_one_big_batch(tiny, micro):
     """SGD without momentum: the change of a weight is its gradient. 21 = 8 + 8 + 5: the last window is short."""

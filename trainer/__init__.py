@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from trainer.errors import CheckpointError, DataError, NumericalError, UsageError
     from trainer.features import Kept, Stream, keep
     from trainer.freezing import FreezePlan, fingerprint, freeze, frozen_tensors, trained_tensors
+    from trainer.loading import Loaded, load
     from trainer.logs import Logs
     from trainer.optim import build_optimizer, learning_rate
     from trainer.preemption import Preempted, Preemption
@@ -40,6 +41,7 @@ _HOME = {
     "errors": ("CheckpointError", "DataError", "NumericalError", "UsageError"),
     "features": ("Kept", "Stream", "keep"),
     "freezing": ("FreezePlan", "fingerprint", "freeze", "frozen_tensors", "trained_tensors"),
+    "loading": ("Loaded", "load"),
     "logs": ("Logs",),
     "optim": ("build_optimizer", "learning_rate"),
     "preemption": ("Preempted", "Preemption"),

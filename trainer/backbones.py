@@ -20,14 +20,23 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torchvision import models
-from torchvision.models import WeightsEnum
 
 from trainer import checkpoint
 from trainer.errors import CheckpointError, DataError, UsageError
-from trainer.freezing import check_fingerprint, fingerprint, freeze, trained_tensors
+from trainer.freezing import Fingerprint, check_fingerprint, fingerprint, freeze, trained_tensors
 from trainer.weights import Match, Report, fetch_weights, find_enum, load_backbone_state
 
-__all__ = ["Backbone", "InputSpec", "build_model", "model_names", "restore"]
+__all__ = [
+    "Backbone",
+    "InputSpec",
+    "build_model",
+    "builder_arguments",
+    "fill",
+    "input_spec",
+    "model_names",
+    "rebuild",
+    "restore",
+]
 
 _BUILT_CLASSES = 1000  # what every torchvision builder gives unasked: the layer with so many outputs is the head
 _NAMED = {"torchvision": "weights", "file": "path", "url": "url"}  # where a base of that source says what it is
@@ -127,8 +136,7 @@ def build_model(
         close = ", ".join(difflib.get_close_matches(str(model).lower(), model_names(), n=5, cutoff=0))
         raise UsageError(f"there is no model {model!r} among torchvision's classifiers; closest: {close}")
 
-    enum = find_enum(model, weights)
-    spec = _input_spec(model, enum, image_size)  # before the download: a wrong size should not cost one
+    spec = input_spec(model, weights, image_size)  # before the download: a wrong size should not cost one
     source = fetch_weights(model, weights)
     pretrained = source.path is not None
     before = restore(source.path) if pretrained and checkpoint.is_checkpoint(source.path) else None
@@ -166,36 +174,64 @@ def restore(path: str | Path) -> Backbone:
     """
     state = checkpoint.read(Path(path))
     try:
-        base, config = state["base"], state["config"]
-        kind = base["source"]
-        weights = "none" if kind == "random" else base[_NAMED[kind]]
-        source = fetch_weights(config["model"]["name"], weights)
-        if kind != "random" and checkpoint.is_checkpoint(source.path) and source.base["sha256"] != base["sha256"]:
-            raise DataError(f"{source.path} is another checkpoint now")  # which could go on like this without an end
-        backbone = build_model(
-            config["model"]["name"],
-            len(state["classes"]),
-            weights=weights,
-            match=Match.from_dict(base.get("match", {})),
-            image_size=config["data"]["image_size"],
-            seed=config["run"]["seed"],
-        )
+        backbone = rebuild(state)
         freeze(backbone.model, state["freeze_plan"]["train"], head=backbone.head)
     except (DataError, UsageError) as error:
         raise CheckpointError(f"the model that {path} was trained on cannot be built again: {error}") from error
     except (AttributeError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not say how its model is built: {error!r}") from error
-    live = trained_tensors(backbone.model)
-    check_fingerprint(fingerprint(backbone.model), state["fingerprint"])
-    checkpoint.check_tensors(state["model"], live)
-    with torch.no_grad():
-        for name, tensor in live.items():
-            tensor.copy_(state["model"][name])
+    fill(backbone.model, state["model"], state["fingerprint"])
     return backbone
 
 
-def _input_spec(model: str, enum: WeightsEnum | None, image_size: int | None) -> InputSpec:
-    """What torchvision's preset for the weights says; for weights not its own, the preset of its recommended ones."""
+def rebuild(state: checkpoint.State, *, weights: str | None = None) -> Backbone:
+    """The model that a checkpoint was trained from, as it was before training.
+
+    weights: where the frozen weights are, if not where they were; see `build_model`, whose errors it raises, and
+        UsageError for a module that came from the user's own code.
+    """
+    base, config = state["base"], state["config"]
+    kind, model = base.get("source"), config["model"]["name"]
+    if kind not in (*_NAMED, "random"):
+        raise UsageError(
+            "this was trained from a module of your own. In Python: trainer.load(..., backbone=trainer.build_model("
+            f'MyNet(), {len(state["classes"])}, head="...")), with the frozen weights it had.'
+        )
+    if kind == "file" and weights is None and not Path(base["path"]).is_file():
+        raise DataError(f"the weights it was trained on are not at {base['path']} any more: say where, with --weights.")
+    weights = weights or ("none" if kind == "random" else base[_NAMED[kind]])
+    source = fetch_weights(model, weights)
+    if source.path and checkpoint.is_checkpoint(source.path) and source.base["sha256"] != base.get("sha256"):
+        raise DataError(f"{source.path} is another checkpoint now")  # which could go on like this without an end
+    return build_model(
+        model,
+        len(state["classes"]),
+        weights=weights,
+        match=Match.from_dict(base.get("match", {})),
+        image_size=config["data"]["image_size"],
+        seed=config["run"]["seed"],
+    )
+
+
+@torch.no_grad()
+def fill(model: nn.Module, tensors: dict[str, torch.Tensor], expected: Fingerprint) -> None:
+    """Put a checkpoint's tensors into a model that is frozen as it was then; `expected` is of the frozen ones.
+
+    Raises CheckpointError if the frozen tensors are others, or `tensors` not exactly the trained ones; names them.
+    """
+    check_fingerprint(fingerprint(model), expected)
+    live = trained_tensors(model)
+    checkpoint.check_tensors(tensors, live)
+    for name, tensor in live.items():
+        tensor.copy_(tensors[name])
+
+
+def input_spec(model: str, weights: str, image_size: int | None = None) -> InputSpec:
+    """What torchvision's preset for the weights says; for weights not its own, the preset of its recommended ones.
+
+    Takes what `build_model` takes; reads no file, downloads nothing. Raises UsageError for a size that cannot be.
+    """
+    enum = find_enum(model, weights)
     preset = (enum or models.get_model_weights(model).DEFAULT).transforms()
     native = preset.crop_size[0]
     size = native if image_size is None else image_size
@@ -217,18 +253,22 @@ def _has_built_in_size(model: str) -> bool:
     return model.startswith(("vit_", "maxvit_"))
 
 
-def _construct(model: str, size: int, pretrained: bool) -> nn.Module:
-    """The model as torchvision's own builder makes it before it loads pretrained weights, or without any."""
-    kwargs = {}
+def builder_arguments(model: str, size: int, *, pretrained: bool) -> dict[str, Any]:
+    """What `torchvision.models.get_model(model, ...)` takes besides the classes, to build what `build_model` builds."""
     if model in _AUXILIARY:
         # Without the second classifiers: in train mode they are run whatever `aux_logits` says, their BatchNorm moves,
         # inception_v3's fails below 299 pixels, and over frozen features they would train nothing but themselves.
         # The weights want inputs in [-1, 1], which the model sees to. init_weights: the default, but unset it warns.
-        kwargs = {"aux_logits": False, "transform_input": pretrained, "init_weights": True}
-    elif _has_built_in_size(model):
-        kwargs = {"image_size": size} if model.startswith("vit_") else {"input_size": (size, size)}
+        return {"aux_logits": False, "transform_input": pretrained, "init_weights": True}
+    if _has_built_in_size(model):
+        return {"image_size": size} if model.startswith("vit_") else {"input_size": (size, size)}
+    return {}
+
+
+def _construct(model: str, size: int, pretrained: bool) -> nn.Module:
+    """The model as torchvision's own builder makes it before it loads pretrained weights, or without any."""
     try:
-        return models.get_model(model, weights=None, **kwargs)
+        return models.get_model(model, weights=None, **builder_arguments(model, size, pretrained=pretrained))
     except (AssertionError, ValueError) as error:
         if not _has_built_in_size(model):
             raise

@@ -39,10 +39,11 @@ _NAME = re.compile(r"step-(\d{8,})\.pt")
 #   totals       sums of the metrics over the samples used in the epoch under way; empty between epochs
 #   metrics      {"train": {...}, "val": {...}, "best": {...}} of the last finished epoch
 #   fingerprint  {name: sha256}: the frozen tensors, which the file does not hold
+#   compute      {"device": type, "precision": of autocast, "micro_batch": images}: what decides the last digits
 #   freeze_plan, classes, base, config         how to build the model again, and the run
 KEYS = {
     *("format", "model", "optimizer", "scaler", "epoch", "step", "samples", "skipped_samples", "training_samples"),
-    *("totals", "metrics", "fingerprint", "freeze_plan", "classes", "base", "config"),
+    *("totals", "metrics", "fingerprint", "freeze_plan", "classes", "base", "config", "compute"),
 }
 State = dict[str, Any]
 

@@ -120,6 +120,8 @@ class RunConfig:
     """Minutes after which the run saves, stops and exits with 75, to be resumed: a little before, not after."""
     check_replicas: int | None = None
     """Optimizer steps between bitwise comparisons of the processes' weights; None: never."""
+    check_frozen: int | None = None
+    """Optimizer steps between proofs that no frozen weight has changed; None: at the end of the run alone."""
     keep: int = 2
     """Newest checkpoints to keep, at least 2; the best one is kept besides."""
     cache_memory: float = 2.0
@@ -165,7 +167,7 @@ def parse(description: str = "", arguments: list[str] | None = None) -> Config:
     try:
         return _layers(_own(arguments), description=description)
     except UsageError as error:
-        if _speaks():
+        if speaks():
             print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
@@ -247,13 +249,13 @@ def _flag(f: dataclasses.Field) -> str:
     return "--model" if f.name == "name" else "--" + f.name.replace("_", "-")
 
 
-def _speaks() -> bool:
+def speaks() -> bool:
     """Whether this process talks to the user: the first of those on a machine, which share a command line."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 def _parse(arguments: list[str], description: str) -> Config:
-    quiet = nullcontext() if _speaks() else redirect_stderr(io.StringIO())
+    quiet = nullcontext() if speaks() else redirect_stderr(io.StringIO())
     with quiet:
         return tyro.cli(Config, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
 
@@ -343,6 +345,7 @@ def _check(config: Config) -> None:
         ("save-minutes", r.save_minutes, r.save_minutes is None or r.save_minutes > 0, "more than 0 minutes"),
         ("time-limit", r.time_limit, r.time_limit is None or r.time_limit > 0, "more than 0 minutes"),
         ("check-replicas", r.check_replicas, r.check_replicas is None or r.check_replicas >= 1, "at least 1 step"),
+        ("check-frozen", r.check_frozen, r.check_frozen is None or r.check_frozen >= 1, "at least 1 step"),
         ("keep", r.keep, r.keep >= 2, "at least 2: while one is written, the other must exist"),
         ("cache-memory", r.cache_memory, r.cache_memory >= 0, "0 GiB or more"),
     ):

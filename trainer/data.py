@@ -95,22 +95,8 @@ def load_data(
     Raises `UsageError` for an unknown name, a bad fraction or a missing package, `DataError` for all that is wrong
     with the data.
     """
-    data, root = os.fspath(data), os.path.expanduser(root)
-    folder = os.path.expanduser(data)
-    names = {name.lower(): name for name in ("digits", *TORCHVISION)}
-    name = names.get(data.lower())
-    if name == "digits":  # what the program does without --data must not depend on the folder it is started in
-        if os.path.isdir(folder):
-            logger.warning("digits is the built-in data set; for the folder of that name give ./digits")
-        train, val = Digits(), None
-    elif os.path.isdir(folder):
-        if name:
-            logger.warning("%s is a data set and, here, also a folder: taking the folder", data)
-        train, val = _load_folder(folder)
-    elif name:
-        train, val = _load_torchvision(name, root)
-    else:
-        raise _unknown(data, list(names.values()))
+    train, val = _open_data(data, root)
+    data = os.fspath(data)
     if len(train.classes) < 2:
         raise DataError(f"{printable(data)} has one class, {_listed(train.classes)}: expected two or more")
     if val is None:
@@ -120,8 +106,40 @@ def load_data(
             raise DataError(f"{printable(data)}: no class has a second image, for validation")
     check_labels(train)
     check_labels(val)
-    _match_classes(train, val)
+    _match_classes(train.classes, val)
     return train, val
+
+
+def load_test(data: str | os.PathLike[str], classes: Sequence[str], *, root: str | os.PathLike[str] = "data") -> Images:
+    """The images of `data` to test a trained model on: the validation images, or all where none are set apart.
+
+    `classes` are the model's. Labels are its indices, by name; raises `DataError` for a class it does not have, and
+    else what `load_data` raises, which also says what `data` may be.
+    """
+    train, val = _open_data(data, root)
+    images = train if val is None else val
+    check_labels(images)
+    _match_classes(tuple(classes), images)
+    return images
+
+
+def _open_data(data: str | os.PathLike[str], root: str | os.PathLike[str]) -> tuple[Images, Images | None]:
+    """The training images and, where they are set apart, the validation images, each with its own classes."""
+    data, root = os.fspath(data), os.path.expanduser(root)
+    folder = os.path.expanduser(data)
+    names = {name.lower(): name for name in ("digits", *TORCHVISION)}
+    name = names.get(data.lower())
+    if name == "digits":  # what the program does without --data must not depend on the folder it is started in
+        if os.path.isdir(folder):
+            logger.warning("digits is the built-in data set; for the folder of that name give ./digits")
+        return Digits(), None
+    if os.path.isdir(folder):
+        if name:
+            logger.warning("%s is a data set and, here, also a folder: taking the folder", data)
+        return _load_folder(folder)
+    if name:
+        return _load_torchvision(name, root)
+    raise _unknown(data, list(names.values()))
 
 
 def stratified_split(labels: Sequence[int], fraction: float, *, seed: int) -> tuple[list[int], list[int]]:
@@ -156,19 +174,19 @@ def check_labels(images: Images) -> None:
             raise DataError(f"{images.name(index)} has the label {label!r}: expected {expected}")
 
 
-def _match_classes(train: Images, val: Images) -> None:
-    """Number the classes of `val` as `train` does, by name: one missing folder shifts the numbers of all after it."""
-    number = {name: i for i, name in enumerate(train.classes)}
+def _match_classes(classes: tuple[str, ...], val: Images) -> None:
+    """Number the classes of `val` as training does, by name: one missing folder shifts the numbers of all after it."""
+    number = {name: i for i, name in enumerate(classes)}
     if extra := [name for name in val.classes if name not in number]:
         raise DataError(
             f"the validation images have {len(extra)} classes without training images: {_listed(extra)}. "
-            f"Training has {_listed(train.classes)}; validation has {_listed(val.classes)}"
+            f"Training has {_listed(classes)}; validation has {_listed(val.classes)}"
         )
-    if val.classes != train.classes:
+    if val.classes != classes:
         val.labels = [number[val.classes[label]] for label in val.labels]
-        val.classes = train.classes
+        val.classes = classes
     present = set(val.labels)
-    if missing := [name for i, name in enumerate(train.classes) if i not in present]:
+    if missing := [name for i, name in enumerate(classes) if i not in present]:
         logger.warning("%d classes have no validation images: %s", len(missing), _listed(missing))
 
 

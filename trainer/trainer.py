@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from trainer import checkpoint
 from trainer.errors import CheckpointError, NumericalError, UsageError
+from trainer.evaluation import evaluate
 from trainer.features import Source
 from trainer.freezing import check_fingerprint, digest, fingerprint, trained_tensors
 from trainer.metrics import Totals, means
@@ -242,9 +243,26 @@ class Trainer:
                     step=self.step,
                 )
 
+    def check_frozen(self) -> None:
+        """Compare the frozen parameters and buffers, on all processes, with those at the start (a collective).
+
+        Raises:
+            NumericalError: on every process; names the first tensor that changed and the processes where it did.
+        """
+        now = fingerprint(self.model)
+        mine = [name for name, expected in self.fingerprint.items() if now.get(name) != expected]
+        found = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
+        for names in filter(None, found):
+            ranks = [rank for rank, others in enumerate(found) if names[0] in others]
+            raise NumericalError(
+                f"after step {self.step} the frozen {names[0]} is not what it was at the start (processes {ranks}; "
+                f"{len(names)} of {len(now)} frozen tensors changed). Something writes to it: look for code that sets "
+                "its values or takes its module out of eval mode. Checkpoints of this run hold only what trains.",
+                step=self.step,
+            )
+
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    @torch.no_grad()
     def evaluate(self, source: Source, *, between: Callable[[], None] = lambda: None) -> dict[str, float]:
         """The means of the step's values over every sample of `source`, each counted once, on every process.
 
@@ -253,17 +271,8 @@ class Trainer:
             between: called after each batch, the same number of times on every process.
         """
         model = self.accelerator.unwrap_model(self.tail)  # the wrapper would wait for processes that have no batch left
-        model.eval()
         self._agree_on_buffers()
-        totals = Totals(self.accelerator.device)
-        batches = source.batches(self.plan.eval_batches(len(source), rank=self.accelerator.process_index), epoch=0)
-        for _ in self.plan.eval_batches(len(source), rank=0):  # no process has more
-            if batch := next(batches, None):
-                totals.add(self.step_function(model, batch))
-            between()
-        sums = totals.over_processes(self.accelerator)
-        assert sums["samples"] == len(source), f"evaluated {sums['samples']} samples of {len(source)}"
-        return means(sums)
+        return evaluate(self.accelerator, model, source, plan=self.plan, step=self.step_function, between=between)
 
     @torch.no_grad()
     def logits(self, source: Source, indices: list[int]) -> Tensor:
@@ -296,6 +305,11 @@ class Trainer:
             "totals": totals,
             "metrics": self.metrics,
             "training_samples": self.plan.samples,
+            "compute": {
+                "device": self.accelerator.device.type,
+                "precision": self.accelerator.mixed_precision,
+                "micro_batch": self.plan.micro_batch,
+            },
             "fingerprint": self.fingerprint,
             **self.about,
         }

@@ -35,7 +35,7 @@ from trainer import checkpoint, rules
 from trainer.errors import DataError, UsageError
 from trainer.freezing import children
 
-__all__ = ["Match", "Report", "Source", "fetch_weights", "find_enum", "load_backbone_state"]
+__all__ = ["Match", "Report", "Source", "fetch_weights", "find_enum", "load_backbone_state", "read_state"]
 
 _TIMEOUT = 60.0  # seconds without a byte after which a download is given up
 _HASH = re.compile(r"-([0-9a-f]{8,})\.")  # torch.hub's convention, name-<sha256 prefix>.pth, without its near misses
@@ -201,7 +201,7 @@ def load_backbone_state(
     match, file = match or Match(), source.path
     if match.first is not None and file.suffix == ".safetensors":
         raise UsageError(f"--weights-first: {file} keeps its tensors by name, in no order; use --weights-only instead.")
-    given = dict(_read_state(file) if state is None else state)
+    given = dict(read_state(file) if state is None else state)
     if match.rename:
         given = _distinct(zip(_renamed(list(given), match.rename, file), given.values(), strict=True), file)
     chosen = {name: given[name] for name in _chosen(list(given), match, model, own_head, file)}
@@ -364,7 +364,7 @@ def _download(url: str, path: Path, expected: str | None) -> None:
             part = Path(folder, path.name)
             torch.hub.download_url_to_file(url, str(part), expected, progress=sys.stderr.isatty())
             if expected is None:  # torch.hub takes a connection that broke for the end: without a hash, only this tells
-                _read_state(part)
+                read_state(part)
             part.replace(path)
     except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
@@ -385,7 +385,7 @@ def _sha256(path: Path) -> str:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _read_state(path: Path) -> dict[str, Tensor]:
+def read_state(path: Path) -> dict[str, Tensor]:
     """The state dict in `path` under the names of today's torchvision; runs no code of the file. Raises DataError."""
     try:
         if path.suffix == ".safetensors":

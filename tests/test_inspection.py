@@ -1,0 +1,169 @@
+"""What inspect and verify say is true."""
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+from conftest import write_run
+from torchvision import models
+
+import trainer
+from trainer import checkpoint
+from trainer.errors import CheckpointError, UsageError
+from trainer.inspection import inspect, verify
+
+
+def report(capsys, *args, **kwargs):
+    inspect(*args, json=True, **kwargs)
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("alexnet", "convnext_tiny", "densenet121", "efficientnet_b0", "googlenet", "inception_v3", "maxvit_t"),
+        *("mnasnet0_5", "mobilenet_v2", "mobilenet_v3_small", "regnet_y_400mf", "resnet18", "shufflenet_v2_x0_5"),
+        *("squeezenet1_1", "swin_t", "vgg11", "vit_b_32"),
+    ],
+)
+def test_numbers_are_torchvisions(name, capsys):
+    """Parameters and multiply-adds as torchvision's own documentation has them."""
+    found, meta = report(capsys, name), models.get_model_weights(name).DEFAULT.meta
+    auxiliary = {"googlenet": 6_624_904 - 6_624_904, "inception_v3": 27_161_264 - 23_834_568}.get(name, 0)
+    assert found["total"]["parameters"] == meta["num_params"] - auxiliary
+    assert found["total"]["multiply_adds"] / 1e9 == pytest.approx(meta["_ops"], rel=0.02)
+    assert found["total"]["bytes"] >= 4 * found["total"]["parameters"]
+    assert [row["trains"] for row in found["parameters"]].count(True) in (1, 2)  # the head
+    assert found["split"].startswith(("cut before", "uncut"))
+
+
+def test_the_cut_is_where_training_would_make_it(capsys):
+    found = report(capsys, "resnet18", train=("layer4.1", "head"), num_classes=10)
+    backbone = trainer.build_model("resnet18", 10, weights="none")
+    plan = trainer.freeze(backbone.model, ["layer4.1", "head"], head=backbone.head)
+    parts = trainer.split_model(backbone.model, torch.randn(1, 3, 224, 224))
+    assert found["split"] == str(parts)
+    assert found["train"] == str(plan)
+    rows = {row["name"]: row for row in found["modules"]}
+    assert (rows["layer4"]["state"], rows["layer4.1"]["state"], rows["layer4.0"]["state"]) == (
+        "part",
+        "trains",
+        "frozen",
+    )
+    assert (rows["layer4.1"]["mode"], rows["layer4.0"]["mode"]) == ("train", "eval")
+    assert rows["layer4.1"]["output"] == [512, 7, 7]
+    assert rows["fc"]["multiply_adds"] == 5120
+
+
+def test_text_fits_a_terminal(digits_run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for arguments in (("densenet121",), ("vit_b_32",), (str(digits_run),)):
+        inspect(*arguments, depth=9)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 500
+    assert max(map(len, lines)) <= 80
+
+
+def test_a_run_says_what_it_holds_and_what_it_was_trained_with(digits_run, capsys):
+    inspect(str(digits_run), names=True, grep="fc")
+    text = capsys.readouterr().out
+    assert "best.pt: 73.2kB, epoch 2, step 46" in " ".join(text.split())
+    assert "2 tensors, 5,130 values" in text
+    assert "trains  f32          10×512  fc.weight\ntrains  f32              10  fc.bias\n" in text
+    assert "conv1" not in text
+    assert "optimizer adamw, lr 0.1" in text
+    found = report(capsys, str(digits_run))
+    assert found["config"] == checkpoint.read(digits_run / "checkpoints" / "best.pt")["config"]
+    assert found["image_size"] == 64
+
+
+@pytest.mark.parametrize("suffix", [".json", ".yaml", ".yml"])
+def test_a_plan_is_saved(digits_run, suffix, tmp_path, capsys):
+    path = tmp_path / f"plan{suffix}"
+    inspect(str(digits_run), save_plan=str(path))
+    loaded = json.loads(path.read_text()) if suffix == ".json" else yaml.safe_load(path.read_text())
+    assert loaded == checkpoint.read(digits_run / "checkpoints" / "best.pt")["freeze_plan"]
+    with pytest.raises(UsageError, match=r"ends in \.json, \.yaml or \.yml"):
+        inspect("resnet18", save_plan=str(tmp_path / "plan.txt"))
+
+
+def test_two_checkpoints_are_compared(digits_run, capsys):
+    first, last = checkpoint.steps(digits_run / "checkpoints")
+    inspect(diff=(str(first), str(last)), json=True)
+    found = json.loads(capsys.readouterr().out)
+    a, b = (checkpoint.read(path)["model"]["fc.weight"] for path in (first, last))
+    (row,) = (row for row in found["tensors"] if row["name"] == "fc.weight")
+    assert row["change"] == pytest.approx((b - a).norm().item())
+    assert row["norm"] == pytest.approx(a.norm().item())
+    assert found["settings"] == {"epoch": [1, 2], "step": [23, 46]}
+    inspect(diff=(str(last), str(digits_run)))
+    assert "0 of 2 tensors differ" in capsys.readouterr().out
+
+
+def test_checkpoints_of_different_models_are_compared(tmp_path, capsys):
+    a = write_run(tmp_path / "a", "squeezenet1_1", 32)
+    b = write_run(tmp_path / "b", "squeezenet1_1", 32, train=("head", "features.12"))
+    path = b / "checkpoints" / "best.pt"
+    state = checkpoint.read(path)
+    state["fingerprint"]["features.0.weight"] = "other"
+    state["model"]["classifier.1.bias"] = torch.ones(4)
+    del state["format"]
+    checkpoint.write(path, state)
+    inspect(diff=(str(a), str(b)))
+    text = capsys.readouterr().out
+    assert "3 → 4  classifier.1.bias" in text
+    assert "none → 64  features.12.squeeze.bias" in text
+    assert "1 frozen tensors differ, such as features.0.weight" in text
+    assert "model.train: ['head'] → ['head', 'features.12']" in text
+
+
+def test_a_file_of_weights_is_listed(tmp_path, capsys):
+    torch.save({"state_dict": {"module.fc.weight": torch.ones(2, 3)}}, tmp_path / "x.pth")
+    inspect(str(tmp_path / "x.pth"))
+    assert capsys.readouterr().out.split() == ["f32", "2×3", "fc.weight"]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "says"),
+    [
+        ({"target": "resnet19"}, "closest: resnet18"),
+        ({"target": "resnet18", "grep": "("}, "is not a regular expression"),
+        ({"target": "resnet18", "train": ("layer9",)}, "matches no parameter"),
+        ({}, "expected either a model, checkpoint or run to show, or --diff A B"),
+        ({"target": "resnet18", "diff": ("a", "b")}, "expected either"),
+    ],
+)
+def test_mistakes(kwargs, says):
+    with pytest.raises(UsageError, match=says):
+        inspect(**kwargs)
+
+
+def test_every_checkpoint_of_a_run_is_verified(digits_run, tmp_path, capsys):
+    verify(str(digits_run))
+    assert capsys.readouterr().out.count("ok ") == 3
+    shutil.copytree(digits_run, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoints"
+    data = bytearray((folder / "step-00000023.pt").read_bytes())
+    data[1000] ^= 1
+    (folder / "step-00000023.pt").write_bytes(data)
+    state = checkpoint.read(folder / "best.pt")
+    state["fingerprint"]["conv1.weight"] = "0"
+    del state["format"]
+    checkpoint.write(folder / "best.pt", state)
+    with pytest.raises(CheckpointError) as caught:
+        verify(str(tmp_path / "run"))
+    assert "2 of 3 cannot be used" in str(caught.value)
+    assert "step-00000023.pt is damaged" in str(caught.value)
+    assert "best.pt: the frozen part of this model is not the one" in str(caught.value)
+    assert capsys.readouterr().out.count("ok ") == 1
+
+
+def test_there_must_be_something_to_verify(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing.pt"):
+        with pytest.raises(CheckpointError, match="there is no checkpoint and no export here"):
+            verify(str(path))
+    (tmp_path / "x.pt").write_bytes(b"x" * 100)
+    with pytest.raises(CheckpointError, match=r"1 of 1 cannot be used:\n  .*x\.pt is truncated, or not a checkpoint"):
+        verify(str(tmp_path / "x.pt"))

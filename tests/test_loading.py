@@ -1,0 +1,137 @@
+"""A trained model is found again, whole, on any device, or it is an error that says why."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import TinyNet, write_run
+from PIL import Image
+
+import trainer
+from trainer import checkpoint, loading
+from trainer.backbones import build_model
+from trainer.data import Digits, load_data
+from trainer.errors import CheckpointError, DataError, UsageError
+
+
+def test_a_run_is_loaded_ready_to_use(digits_run, tmp_path):
+    loaded = trainer.load(digits_run)
+    state = checkpoint.read(digits_run / "checkpoints" / "best.pt")
+    assert loaded.path == digits_run / "checkpoints" / "best.pt"
+    assert loaded.classes == tuple("0123456789")
+    assert not any(module.training for module in loaded.model.modules())
+    assert torch.equal(loaded.model.fc.weight, state["model"]["fc.weight"])
+    assert [name for name, value in loaded.model.named_parameters() if value.requires_grad] == ["fc.weight", "fc.bias"]
+    # Counted by hand on the validation images: what training counted.
+    _, images = load_data("digits", val_fraction=0.2, seed=0)
+    with torch.no_grad():
+        logits = loaded.model(torch.stack([loaded.transform(image) for image in images]))
+    right = (logits.argmax(dim=1) == torch.tensor(images.labels)).sum().item()
+    assert right / len(images) == state["metrics"]["val"]["accuracy"]
+
+
+def test_the_transform_takes_paths_pictures_and_tensors(digits_run, tmp_path):
+    transform = trainer.load(digits_run).transform
+    picture = Image.fromarray(Digits().images[0])
+    picture.save(tmp_path / "a.png")
+    tensor = transform(Digits()[0])
+    assert (tensor.shape, tensor.dtype) == ((3, 64, 64), torch.float32)
+    for other in (tmp_path / "a.png", str(tmp_path / "a.png"), picture):
+        assert torch.equal(transform(other), tensor)
+
+
+def test_on_another_device(digits_run):
+    loaded = trainer.load(digits_run, device="meta")
+    assert {value.device.type for value in loaded.model.state_dict().values()} == {"meta"}
+    assert loaded.model(loaded.transform(Digits()[0])[None]).shape == (1, 10)
+
+
+def test_without_a_best_checkpoint_the_newest_counts(digits_run, tmp_path):
+    shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
+    (tmp_path / "checkpoints" / "best.pt").unlink()
+    assert loading.find(tmp_path).name == "step-00000046.pt"
+
+
+def test_a_base_from_a_file_and_when_the_file_has_moved(tmp_path):
+    stock = build_model("shufflenet_v2_x0_5", 1000, weights="none", seed=5).model
+    torch.save(stock.state_dict(), tmp_path / "base.pth")
+    run = write_run(tmp_path / "run", "shufflenet_v2_x0_5", 32, weights=str(tmp_path / "base.pth"))
+    loaded = trainer.load(run)
+    assert torch.equal(loaded.model.conv1[0].weight, stock.conv1[0].weight)
+    (tmp_path / "base.pth").rename(tmp_path / "moved.pth")
+    with pytest.raises(DataError, match=r"not at .*base\.pth any more: say where, with --weights"):
+        trainer.load(run)
+    again = trainer.load(run, weights=str(tmp_path / "moved.pth"))
+    assert torch.equal(again.model.conv1[0].weight, stock.conv1[0].weight)
+    stock.conv1[0].weight.data[0] += 1
+    torch.save(stock.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(CheckpointError, match=r"1 of \d+ tensors differ:\n  conv1.0.weight: expected sha256"):
+        trainer.load(run, weights=str(tmp_path / "other.pth"))
+
+
+def test_a_module_of_ones_own_is_passed_in(tmp_path):
+    def backbone(seed=0):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return build_model(TinyNet(), 3, head="fc", image_size=8)
+
+    run = write_run(tmp_path / "run", "resnet18", 8)
+    path = run / "checkpoints" / "best.pt"
+    state = checkpoint.read(path)
+    net = backbone().model
+    plan = trainer.freeze(net, ["fc"])
+    state |= {"base": {"source": "module"}, "freeze_plan": plan.to_dict(), "fingerprint": trainer.fingerprint(net)}
+    state |= {"model": {"fc.weight": torch.ones(3, 8), "fc.bias": torch.zeros(3)}}
+    del state["format"]
+    checkpoint.write(path, state)
+    with pytest.raises(UsageError, match=r"a module of your own.*backbone=trainer\.build_model\(MyNet\(\), 3"):
+        trainer.load(run)
+    loaded = trainer.load(run, backbone=backbone())
+    assert torch.equal(loaded.model.fc.weight, torch.ones(3, 8))
+    assert loaded.builder is None
+    with pytest.raises(CheckpointError, match=r"conv\.weight: expected sha256"):
+        trainer.load(run, backbone=backbone(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda state: state["model"].pop("fc.bias"), "missing fc.bias"),
+        (lambda state: state["model"].update(x=torch.ones(1)), "unexpected x"),
+        (lambda state: state["model"].update({"fc.bias": torch.ones(4)}), r"fc.bias is torch.float32 \(4,\); expected"),
+        (lambda state: state["fingerprint"].update({"conv1.weight": "0"}), "conv1.weight: expected sha256 0"),
+    ],
+)
+def test_a_checkpoint_that_does_not_fit(tmp_path, change, says):
+    path = write_run(tmp_path / "run", "resnet18", 32) / "checkpoints" / "best.pt"
+    state = checkpoint.read(path)
+    change(state)
+    del state["format"]
+    checkpoint.write(path, state)
+    with pytest.raises(CheckpointError, match=says):
+        trainer.load(path)
+
+
+def test_what_is_no_run(tmp_path):
+    with pytest.raises(UsageError, match="nothing does not exist; expected a run such as"):
+        trainer.load(tmp_path / "nothing")
+    with pytest.raises(UsageError, match="holds neither checkpoints nor an exported model"):
+        trainer.load(tmp_path)
+    torch.save({}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="it has no trailer"):
+        trainer.load(tmp_path / "other.pt")
+    (tmp_path / "x.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"nor is it tail\.safetensors of an export"):
+        trainer.load(tmp_path / "x.safetensors")
+    (tmp_path / "model.json").write_text(json.dumps({"classes": []}))
+    (tmp_path / "model.pt").write_bytes(b"zip")
+    with pytest.raises(CheckpointError, match=r"model\.pt with its model\.json cannot be read"):
+        trainer.load(tmp_path)
+
+
+def test_global_randomness_is_untouched(digits_run):
+    before = torch.get_rng_state()
+    trainer.load(digits_run)
+    loading.stock({"name": "shufflenet_v2_x0_5", "num_classes": 3})
+    assert torch.equal(torch.get_rng_state(), before)

@@ -1,0 +1,43 @@
+"""`python -m trainer`: help at once, one message for a mistake."""
+
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, command
+
+
+def test_help_does_not_wait_for_torch():
+    code = "import sys; sys.argv = ['trainer', 'predict', '--help']\nimport runpy\n"
+    code += "try: runpy.run_module('trainer', run_name='__main__')\n"
+    code += "except SystemExit as stop: print(stop.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert "Classify image files." in done.stdout
+    assert done.stdout.endswith("0 False\n")
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "says"),
+    [
+        (["frobnicate"], 2, "inspect, verify, evaluate, predict, export"),
+        (["verify", "nowhere"], 65, "error: nowhere: there is no checkpoint and no export here."),
+        (
+            ["export", "--run", "nowhere", "--formats", "pickle"],
+            2,
+            "error: --formats pickle: a pickle of the whole model",
+        ),
+    ],
+)
+def test_a_mistake_is_one_message(arguments, code, says, tmp_path):
+    done = command(*arguments, cwd=tmp_path)
+    assert done.returncode == code
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_closed_pipe_is_no_error(tmp_path):
+    program = f"{sys.executable} -m trainer inspect resnet152 --depth 9 | head -1"
+    done = subprocess.run(program, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.startswith("module")
+    assert done.stderr == ""
