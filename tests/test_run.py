@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -55,7 +56,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(checkpoint, "KEYS", {"format", "step", "config"})
     for step in (10, 20):
         checkpoint.write(checkpoint.path_of(folder.checkpoints, step), {"step": step, "config": {"from": "file"}})
-    checkpoint.copy(checkpoint.path_of(folder.checkpoints, 10), folder.checkpoints / "best.pt")
+    shutil.copy(checkpoint.path_of(folder.checkpoints, 10), folder.checkpoints / "best.pt")
     return folder
 
 

@@ -12,7 +12,6 @@ One file means one rename, and one rename means that a reader sees the old file 
 import hashlib
 import io
 import logging
-import os
 import re
 import struct
 import zipfile
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer import files
 from trainer.errors import CheckpointError
 
 FORMAT = 1
@@ -58,40 +58,37 @@ def write(path: Path, state: State) -> None:
     """Write a checkpoint so that `path` holds the old content or the new, whatever happens meanwhile.
 
     Raises:
-        OSError: with its errno (a full disk, a folder that cannot be written); `path` is then unchanged.
+        OSError: as `files.replace`.
     """
     assert state.keys() == KEYS - {"format"}, sorted(KEYS ^ state.keys())
     buffer = io.BytesIO()  # torch.save to a path hides the errno of a full disk
     torch.save({"format": FORMAT, **state}, buffer)
-    archive = buffer.getbuffer()
-    _replace(path, archive, _trailer(archive))
+    archive = buffer.getvalue()
+    files.replace(path, archive + _trailer(archive))
 
 
-def _trailer(archive: bytes | memoryview) -> bytes:
+def _trailer(archive: bytes) -> bytes:
     return _TRAILER.pack(_MAGIC, len(archive), hashlib.sha256(archive).digest())
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint by the same protocol as `write`."""
-    _replace(target, source.read_bytes())
+def save(folder: Path, state: State, *, best: bool = False, keep: int = 2) -> Path:
+    """Write the checkpoint of `state` into a folder, and delete the oldest that are too many; gives its path.
 
+    Args:
+        folder: created if missing.
+        best: write it to `best.pt`, too.
+        keep: how many of the newest stay, at least 2: while one is written, the other must exist.
 
-def _replace(path: Path, *parts: bytes | memoryview) -> None:
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself is durable only now
-    finally:
-        os.close(folder)
+    Raises:
+        OSError: as `files.replace`; no older checkpoint has been deleted.
+    """
+    files.ops.make_folder(folder)
+    if best:  # first: a run killed between the two trains to this point again, and finds the same best
+        write(folder / "best.pt", state)
+    path = path_of(folder, state["step"])
+    write(path, state)
+    prune(folder, keep=keep)
+    return path
 
 
 def verify(path: Path) -> bytes:
@@ -176,22 +173,10 @@ def later_than(folder: Path, step: int) -> list[Path]:
 
 
 def prune(folder: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (never `best.pt`), and what killed writers left behind."""
-    for path in steps(folder)[: -max(keep, 1)]:
-        path.unlink(missing_ok=True)
-    for path in folder.glob(".tmp-*"):
-        if not _is_running(path.name.rpartition("-")[2]):
-            path.unlink(missing_ok=True)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    except PermissionError:  # somebody else's process
-        return True
-    return True
+    """Delete all but the newest `keep` checkpoints (at least 2, never `best.pt`), and what killed writers left."""
+    for path in steps(folder)[: -max(keep, 2)]:
+        files.ops.remove(path)
+    files.sweep(folder)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

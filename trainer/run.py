@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trainer import files
 from trainer.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class RunFolder:
         """
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         text = json.dumps({"status": status, **values, "restarts": restarts}, indent=1)
-        _replace(self.path / "status.json", text + "\n")
+        files.replace(self.path / "status.json", f"{text}\n".encode())
 
     @contextmanager
     def outcome(self, loop: "Trainer", guard: "Preemption", *, name_of: Callable[[int], str]) -> Iterator[None]:
@@ -131,7 +132,10 @@ class RunFolder:
             OSError: the folder cannot be written.
         """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        _replace(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        files.replace(self.path / "config.yaml", text.encode())
+        for folder in (self.path, self.checkpoints):
+            files.sweep(folder)
         for path in self.stale:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -235,10 +239,4 @@ def rewind_metrics(folder: Path, *, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        _replace(path, "".join(kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        files.replace(path, "".join(kept).encode())

@@ -292,19 +292,8 @@ class Trainer:
         Raises:
             OSError: the file could not be written; older checkpoints are untouched.
         """
-
         state = self.state()
-
-        def write() -> Path:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = checkpoint.path_of(folder, self.step)
-            checkpoint.write(path, state)
-            if best:
-                checkpoint.copy(path, folder / "best.pt")
-            checkpoint.prune(folder, keep=keep)
-            return path
-
-        return from_main(self.accelerator, write)
+        return from_main(self.accelerator, lambda: checkpoint.save(folder, state, best=best, keep=keep))
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint: tail, optimizer, scaler, counters (a collective: the main process reads).
