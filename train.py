@@ -89,7 +89,7 @@ def main(config: Config) -> None:
         if run.check_replicas is not None and loop.step % run.check_replicas == 0:
             loop.check_replicas()
 
-    with folder.outcome(loop, guard, name_of=train_images.name):
+    with folder.outcome(loop, guard, name_of=train_images.name, keep=run.keep):
         if parts.has_trunk:
             kept = partial(trainer.keep, plan=plan, limit=run.cache_memory, between=guard.check)
             val = kept(val, name="val")

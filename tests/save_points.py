@@ -64,7 +64,7 @@ def in_fork(ops: files.Ops, folder: Path, step: int) -> int:
     pid = os.fork()
     if pid == 0:
         files.ops = ops
-        checkpoint.save(folder, state(step), best=True)
+        checkpoint.save(folder, state(step), best=state(step))
         os._exit(0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
@@ -92,13 +92,13 @@ def main(root: Path) -> None:
     files.ops = whole
     for step in (10, 20, 30):
         whole.log.clear()
-        checkpoint.save(root / "whole", state(step), best=True)
+        checkpoint.save(root / "whole", state(step), best=state(step))
     files.ops = files.Ops()
     cases = {f"{number} {' '.join(done)}": number for number, done in enumerate(whole.log, 1)} | {"torn write": 0}
     for case, number in cases.items():
         folder = root / case.replace(" ", "-")
         for step in (10, 20):
-            checkpoint.save(folder, state(step), best=True)
+            checkpoint.save(folder, state(step), best=state(step))
         ops = Watched(then=lambda count, number=number: die() if count == number else None) if number else Torn()
         died = in_fork(ops, folder, 30)
         found = problems(folder) if died == -signal.SIGKILL else [f"it ended with {died}"]

@@ -20,7 +20,7 @@ def watched(monkeypatch):
 def test_a_save_is_written_synced_renamed_synced_read_back_and_only_then_are_old_ones_deleted(tmp_path, watched):
     for step in (10, 20, 30):
         watched.log.clear()
-        checkpoint.save(tmp_path, state(step), best=True)
+        checkpoint.save(tmp_path, state(step), best=state(step))
     temporary = [name for operation, name in watched.log if operation == "create"]
     whole = [("make_folder", tmp_path.name)]
     for name, final in zip(temporary, ("best.pt", "step-00000030.pt"), strict=True):
@@ -54,7 +54,7 @@ def test_a_disk_that_fails_at_any_operation_leaves_the_old_checkpoints_whole(tmp
 
     watched.first = fail
     with pytest.raises(OSError, match="No space left") as caught:
-        checkpoint.save(tmp_path, state(30), best=True)
+        checkpoint.save(tmp_path, state(30), best=state(30))
     assert caught.value.errno == errno.ENOSPC
     assert {path.name: path.read_bytes() for path in checkpoint.steps(tmp_path) if path.name in before} == before
     assert [name for name in os.listdir(tmp_path) if name.startswith(".tmp-")] == []

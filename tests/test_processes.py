@@ -33,7 +33,7 @@ def test_fail_prints_one_line_and_gives_the_exit_code(capsys):
     assert processes.fail(UsageError("wrong")) == 2
     assert processes.fail(DataError("bad")) == 65
     assert processes.fail(OSError(28, "No space left on device")) == 74
-    assert processes.fail(processes.Elsewhere("process 1 failed: bad", exit_code=65)) == 65
+    assert processes.fail(processes.Elsewhere(1, "DataError", 65, "bad")) == 65
     assert capsys.readouterr().err.splitlines()[:2] == ["error: wrong", "error: bad"]
 
 

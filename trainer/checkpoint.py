@@ -12,6 +12,7 @@ One file means one rename, and one rename means that a reader sees the old file 
 import hashlib
 import io
 import logging
+import os
 import re
 import struct
 import zipfile
@@ -28,6 +29,7 @@ FORMAT = 1
 _MAGIC = b"AFTCKPT\x01"
 _TRAILER = struct.Struct("<8sQ32s")
 _NAME = re.compile(r"step-(\d{8,})\.pt")
+_MOST_FAILURES = 3  # saves in a row
 
 # What `read` returns and `write` takes; `Trainer.save` fills it.
 #   format       this file's version, an integer
@@ -71,12 +73,12 @@ def _trailer(archive: bytes) -> bytes:
     return _TRAILER.pack(_MAGIC, len(archive), hashlib.sha256(archive).digest())
 
 
-def save(folder: Path, state: State, *, best: bool = False, keep: int = 2) -> Path:
+def save(folder: Path, state: State, *, best: State | None = None, keep: int = 2) -> Path:
     """Write the checkpoint of `state` into a folder, and delete the oldest that are too many; gives its path.
 
     Args:
         folder: created if missing.
-        best: write it to `best.pt`, too.
+        best: what to write to `best.pt`, too; usually `state`.
         keep: how many of the newest stay, at least 2: while one is written, the other must exist.
 
     Raises:
@@ -84,11 +86,41 @@ def save(folder: Path, state: State, *, best: bool = False, keep: int = 2) -> Pa
     """
     files.ops.make_folder(folder)
     if best:  # first: a run killed between the two trains to this point again, and finds the same best
-        write(folder / "best.pt", state)
+        write(folder / "best.pt", best)
     path = path_of(folder, state["step"])
     write(path, state)
     prune(folder, keep=keep)
     return path
+
+
+class Saver:
+    """Saves the checkpoints of a run, and forgives a disk that fails now and then.
+
+    A save that fails is reported, and the run goes on to the next one; the third in a row is an error. A best
+    checkpoint that could not be written is kept in memory, and written with the next save that can be.
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0  # in a row
+        self._best: State | None = None
+
+    def save(self, folder: Path, state: State, *, best: bool, keep: int, final: bool) -> Path | None:
+        """As `save`; None if it failed. With `final`, and at the third failure in a row, it raises instead."""
+        self._best = state if best else self._best
+        try:
+            path = save(folder, state, best=self._best, keep=keep)
+        except OSError as error:
+            self.failures += 1
+            if final or self.failures == _MOST_FAILURES:
+                saves = f"{self.failures} saves in a row" if self.failures > 1 else "a save"
+                raise OSError(error.errno, f"{saves} failed: {error.strerror}", str(folder)) from error
+            log.warning(
+                "cannot save step %d, failure %d of %d: %s. Training goes on until the next save; older checkpoints stay.",
+                *(state["step"], self.failures, _MOST_FAILURES, error),
+            )
+            return None
+        self.failures, self._best = 0, None
+        return path
 
 
 def verify(path: Path) -> bytes:
@@ -98,14 +130,17 @@ def verify(path: Path) -> bytes:
         CheckpointError: truncated, altered, or not a checkpoint of this template.
         OSError: cannot be read.
     """
-    data = path.read_bytes()
-    if len(data) < _TRAILER.size:
-        raise CheckpointError(f"{path} is not a checkpoint: {len(data)} bytes.")
-    magic, length, digest = _TRAILER.unpack(data[-_TRAILER.size :])
-    archive = data[: -_TRAILER.size]
-    if magic != _MAGIC:
-        raise CheckpointError(f"{path} is truncated, or not a checkpoint of this template: it has no trailer.")
-    if len(archive) != length or hashlib.sha256(archive).digest() != digest:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < _TRAILER.size:
+            raise CheckpointError(f"{path} is not a checkpoint: {size} bytes.")
+        file.seek(size - _TRAILER.size)
+        magic, length, digest = _TRAILER.unpack(file.read())
+        if magic != _MAGIC or length != size - _TRAILER.size:  # before its bytes, which may be too many, are read
+            raise CheckpointError(f"{path} is truncated, or not a checkpoint of this template: it has no trailer.")
+        file.seek(0)
+        archive = file.read(length)
+    if hashlib.sha256(archive).digest() != digest:
         raise CheckpointError(f"{path} is damaged: its content does not match its sha256.")
     return archive
 
@@ -114,7 +149,7 @@ def read(path: Path) -> State:
     """Read and verify a checkpoint; its tensors are on the CPU.
 
     Raises:
-        CheckpointError: missing, damaged, of a newer format, or without an entry it must have.
+        CheckpointError: missing, damaged, of a newer format, without an entry it must have, or under another's name.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}.")
@@ -134,22 +169,34 @@ def read(path: Path) -> State:
     if not isinstance(found, int):
         raise CheckpointError(f"{path} is not a checkpoint of this template: it has no format version.")
     if found > FORMAT:
-        raise CheckpointError(f"{path} has format {found}; this version of the template reads up to {FORMAT}.")
+        raise NewerFormat(f"{path} has format {found}; this version of the template reads up to {FORMAT}.")
     if missing := KEYS - state.keys():
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}.")
+    if (match := _NAME.fullmatch(path.name)) and int(match[1]) != state["step"]:
+        raise CheckpointError(f"{path} holds step {state['step']}: somebody has renamed it.")
     return state
 
 
+class NewerFormat(CheckpointError):
+    """Written by a newer version of the template: not damaged, so nothing older may take its place."""
+
+
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step that verifies; a damaged one is reported and passed over.
+    """The checkpoint with the highest step that can be read, or else `best.pt`; what is passed over is reported.
 
     Raises:
-        CheckpointError: there are checkpoints, and none verifies: starting afresh would hide the loss.
+        CheckpointError: there are checkpoints, and none can be used: starting afresh would hide the loss; or the newest
+            is of a newer format.
     """
+    for path in sorted(folder.glob("step-*.pt")):
+        if path not in steps(folder):
+            log.warning("%s is ignored: expected a file named as step-00000120.pt is, and no link.", path)
     problems = []
-    for path in reversed(steps(folder)):
+    for path in [*reversed(steps(folder)), *folder.glob("best.pt")]:
         try:
-            verify(path)
+            read(path)
+        except NewerFormat:
+            raise
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
             continue
@@ -163,7 +210,8 @@ def newest(folder: Path) -> Path | None:
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder in the order of their steps; other files are none of our business."""
-    found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name) and path.is_file()]
+    found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+    found = [path for path in found if path.is_file() and not path.is_symlink()]
     return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 
 

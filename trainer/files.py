@@ -6,8 +6,11 @@ record the operations, to fail one, or to die after it.
 """
 
 import errno
+import fcntl
 import os
+import socket
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import BinaryIO
 
@@ -75,6 +78,32 @@ def replace(path: Path, data: bytes) -> None:
     if ops.read(path) != data:
         ops.remove(path)
         raise OSError(errno.EIO, "it reads back other than it was written", str(path))
+
+
+def lock(path: Path, *, create: bool = True) -> str:
+    """Hold a lock file until this process ends, however it ends; gives who holds it, if somebody else does.
+
+    The lock is the kernel's (POSIX record lock: not inherited by data workers, and honoured over NFS), so a dead
+    process holds none; the text in the file is for people: host, pid and start of the one that does.
+
+    Args:
+        create: without it, a file that does not exist counts as free, and nothing is written.
+
+    Raises:
+        OSError: the file cannot be created, or the file system has no locks.
+    """
+    if not create and not path.exists():
+        return ""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # never closed: that would release it
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return os.read(descriptor, 1000).decode(errors="replace").strip() or "another process"
+    if create:
+        text = f"host {socket.gethostname()}, pid {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
+    return ""
 
 
 def sweep(folder: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.metadata import version
 from typing import NoReturn, TypeVar
 
@@ -57,7 +58,8 @@ def start(*, exact: bool = False) -> Accelerator:
 def say(*lines: str) -> None:
     """Print lines on the main process (any process before `start`): the console is one page, not eight."""
     if os.environ.get("RANK", "0") == "0":
-        print(*lines, sep="\n", flush=True)
+        with suppress(OSError):  # nobody listens any more: no reason to stop
+            print(*lines, sep="\n", flush=True)
 
 
 def cores_per_process(accelerator: Accelerator) -> int:
@@ -93,21 +95,25 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
             raise error
         return
     # Type and text, not the exception: not every exception can be pickled.
-    mine = None if error is None else (isinstance(error, ValueError), getattr(error, "exit_code", 1), str(error))
+    mine = None if error is None else (type(error).__name__, exit_code(error), str(error))
     found = gather_object([mine])
     if error is not None:
         raise error
     for rank, other in enumerate(found):
         if other is not None:
-            raise Elsewhere(f"process {rank} failed: {other[2]}", exit_code=other[1])
+            raise Elsewhere(rank, *other)
 
 
 class Elsewhere(RuntimeError):
-    """Another process failed, and said why; this one ends with the same exit code."""
+    """Another process failed, and said why; this one ends with the same exit code.
 
-    def __init__(self, message: str, *, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+    Attributes:
+        rank, kind, exit_code, reason: of the process that failed; its exception's type and text.
+    """
+
+    def __init__(self, rank: int, kind: str, exit_code: int, reason: str):
+        super().__init__(f"process {rank} failed: {reason}")
+        self.rank, self.kind, self.exit_code, self.reason = rank, kind, exit_code, reason
 
 
 def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
@@ -158,8 +164,9 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
     # Not by way of the interpreter's finalization: threads of torch.distributed that want the GIL then are unwound
     # through C++ code that cannot be, and abort the process, whatever its exit code was going to be.
     atexit._run_exitfuncs()  # ends data workers
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
@@ -170,4 +177,9 @@ def fail(error: BaseException) -> int:
     """
     if os.environ.get("RANK", "0") == "0" or not isinstance(error, Elsewhere):
         print(f"error: {error}", file=sys.stderr, flush=True)
+    return exit_code(error)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of the program that an error ends: its own, 74 (`EX_IOERR`) for OSError, or 1."""
     return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)

@@ -3,11 +3,15 @@
 runs/photos-resnet50/
     config.yaml       what the run is; `train.py --config` repeats it
     checkpoints/      step-00000120.pt ..., best.pt
+    lock              held by the process that works here: host, pid, start
+    status.json       how the run stands
     metrics.jsonl     one line per epoch
     tensorboard/
 """
 
+import errno
 import json
+import logging
 import os
 import re
 import shutil
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 BEGAN = time.monotonic()  # seconds; about when the program started, as this is imported before torch
 _ROOT = Path("runs")
+
+log = logging.getLogger(__name__)
 
 
 def holds_run(folder: Path) -> bool:
@@ -73,11 +79,16 @@ class RunFolder:
         path: the folder.
         source: the checkpoint to continue from; None starts afresh.
         stale: what `begin` deletes: an overwritten run, or checkpoints of a future that will not happen.
+        damaged: what `begin` sets aside: newer checkpoints than `source` that cannot be used.
     """
 
     path: Path
     source: Path | None = None
     stale: list[Path] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._found = self._content()
 
     @property
     def checkpoints(self) -> Path:
@@ -87,22 +98,33 @@ class RunFolder:
     def status(self, status: str, **values: Any) -> None:
         """Write `status.json`: how the run stands, for whoever started it (launchers flatten exit codes to 1).
 
+        A disk that fails is reported, and no more: what is to be said with it matters more.
+
         Args:
             status: "running", "completed", "preempted" or "failed".
             values: plain values to say with it, such as step, checkpoint, reason.
         """
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         text = json.dumps({"status": status, **values, "restarts": restarts}, indent=1)
-        files.replace(self.path / "status.json", f"{text}\n".encode())
+        try:
+            files.replace(self.path / "status.json", f"{text}\n".encode())
+        except OSError as error:
+            log.warning("cannot write status.json, which would say %s: %s", status, error)
 
     @contextmanager
-    def outcome(self, loop: "Trainer", guard: "Preemption", *, name_of: Callable[[int], str]) -> Iterator[None]:
+    def outcome(
+        self, loop: "Trainer", guard: "Preemption", *, name_of: Callable[[int], str], keep: int = 2
+    ) -> Iterator[None]:
         """Around the training: save when it is preempted, and write in `status.json` how it ended.
 
         Args:
             loop: what is trained.
             guard: armed here: from now on there is something to save.
             name_of: the name of a training image by its index.
+            keep: how many of the newest checkpoints stay.
+
+        Raises:
+            OSError: the last checkpoint could not be written.
         """
         from trainer.preemption import Preempted  # imports torch
 
@@ -113,11 +135,14 @@ class RunFolder:
         guard.armed = True
         status("running")
         try:
-            yield
-        except Preempted as stop:
-            path = loop.save(self.checkpoints)
-            status("preempted", reason=str(stop), checkpoint=path.name)
-            raise
+            try:
+                yield
+                if not loop.saved:
+                    loop.save(self.checkpoints, keep=keep, final=True)
+            except Preempted as stop:
+                path = loop.save(self.checkpoints, keep=keep, final=True)
+                status("preempted", reason=str(stop), checkpoint=path.name)
+                raise
         except Exception as error:
             samples = getattr(error, "samples", [])
             files = {str(index): name_of(index) for index in samples}
@@ -125,22 +150,52 @@ class RunFolder:
             raise
         status("completed")
 
-    def begin(self, config: dict[str, Any]) -> None:
-        """Delete what is stale, and write `config.yaml`. Called when nothing can go wrong any more but the disk.
+    def lock(self, *, create: bool = True) -> None:
+        """Make this process the only one that works here, until it ends.
+
+        Args:
+            create: without it, a folder in which nobody has worked yet stays as it is, and is not locked.
 
         Raises:
+            UsageError: another one does; names its host and pid.
+        """
+        try:
+            other = files.lock(self.path / "lock", create=create)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            log.warning("%s: its file system has no locks: take care that no second run works here.", self.path)
+            return
+        if other:
+            raise UsageError(f"another run works in {self.path}: {other}. Wait for its end, or give another --output.")
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Lock the folder, write `config.yaml`, delete what is stale: when nothing can go wrong any more but the disk.
+
+        Raises:
+            UsageError: another run works here, or has since this one looked for the checkpoint to start from.
             OSError: the folder cannot be written.
         """
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        files.ops.make_folder(self.checkpoints)
+        self.lock()
+        if self._content() != self._found:
+            raise UsageError(f"another run has worked in {self.path} meanwhile; start again.")
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         files.replace(self.path / "config.yaml", text.encode())
+        files.replace(self.checkpoints / "probe", b"")
+        files.ops.remove(self.checkpoints / "probe")
         for folder in (self.path, self.checkpoints):
             files.sweep(folder)
+        for path in self.damaged:
+            files.ops.rename(path, path.with_name(f"{path.name}.damaged"))
         for path in self.stale:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def _content(self) -> list[str]:
+        return sorted(path.name for path in self.checkpoints.glob("*.pt"))
 
 
 def _numbered(name: str) -> list[Path]:
@@ -174,26 +229,39 @@ def open_run(output: str | None, resume: str | None, name: str, *, overwrite: bo
         name: of the run, if `output` does not say.
 
     Raises:
-        UsageError: the folder holds another run, or newer checkpoints than the one to continue from.
+        UsageError: the folder holds another run, or newer checkpoints than the one to continue from, or is at work.
         CheckpointError: there are checkpoints and none can be used.
+        OSError: the folder cannot be written.
     """
+    folder = _open(output, resume, name, overwrite=overwrite)
+    folder.lock(create=False)
+    existing = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise OSError(errno.EACCES, f"{existing} cannot be written, so neither can the run's folder", str(folder.path))
+    return folder
+
+
+def _open(output: str | None, resume: str | None, name: str, *, overwrite: bool) -> RunFolder:
     from trainer import checkpoint  # imports torch, which the command line does not need
 
     if resume is None:
         return choose(output, name, overwrite=overwrite)
-    if resume == "auto":
-        folder = find(output, name)
-        return RunFolder(folder, checkpoint.newest(folder / "checkpoints"))
-    source = Path(resume) if Path(resume).is_file() else checkpoint.newest(Path(resume) / "checkpoints")
+    named = resume != "auto" and Path(resume).is_file()
+    folder = find(output, name) if resume == "auto" else Path(resume)
+    source = folder if named else checkpoint.newest(folder / "checkpoints")
     if source is None:
+        if resume == "auto":
+            return RunFolder(folder)
         raise UsageError(f"--resume {resume}: that run has no checkpoint yet; start it anew with --overwrite.")
     home = source.absolute().parent.parent
     if source.parent.name != "checkpoints" or not holds_run(home):
         home = None
     if home is None or (output is not None and Path(output).absolute() != home):
         return replace(choose(output, name, overwrite=overwrite), source=source)
-    # Continuing in place from an older checkpoint: what was trained after it belongs to another future.
     later = checkpoint.later_than(home / "checkpoints", checkpoint.read(source)["step"])
+    if not named:
+        return RunFolder(folder, source, damaged=later)  # or one of them would be the source
+    # Continuing in place from an older checkpoint: what was trained after it belongs to another future.
     if later and not overwrite:
         raise UsageError(
             f"{home} has newer checkpoints than {source.name}, such as {later[-1].name}. Delete them with --overwrite, "

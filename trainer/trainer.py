@@ -10,6 +10,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class Trainer:
         rate: learning rate of the last step.
         totals: of this process in the epoch under way.
         metrics: {"train": ..., "val": ..., "best": ...} as of the last finished epoch.
+        saved: whether the last save succeeded.
 
     Raises:
         UsageError: `exact`, and a BatchNorm that trains.
@@ -86,6 +88,7 @@ class Trainer:
         self.rate = 0.0
         self.totals = Totals(accelerator.device)
         self.metrics: dict[str, dict[str, float]] = {}
+        self.saved, self._saver = True, checkpoint.Saver()
         self._outputs_checked = self._epoch_trained = False
         self._skipped_in_a_row = 0
         self._scaler_state: dict[str, Any] | None = None  # carried through a part of the run without a scaler
@@ -281,19 +284,26 @@ class Trainer:
             **self.about,
         }
 
-    def save(self, folder: Path, *, best: bool = False, keep: int = 2) -> Path:
-        """Write a checkpoint of this moment, by the main process (a collective).
+    def save(self, folder: Path, *, best: bool = False, keep: int = 2, final: bool = False) -> Path | None:
+        """Write a checkpoint of this moment, by the main process (a collective); see `checkpoint.Saver`.
 
         Args:
             folder: where the run's checkpoints live; created if missing.
-            best: also copy it to `best.pt`.
-            keep: how many of the newest stay.
+            best: also write it to `best.pt`.
+            keep: how many of the newest stay, at least 2.
+            final: there will be no next save: a failure is an error.
+
+        Returns:
+            The file; None if it could not be written.
 
         Raises:
-            OSError: the file could not be written; older checkpoints are untouched.
+            OSError: it could not be written, the third time in a row; older checkpoints are untouched.
         """
         state = self.state()
-        return from_main(self.accelerator, lambda: checkpoint.save(folder, state, best=best, keep=keep))
+        save = partial(self._saver.save, folder, state, best=best, keep=keep, final=final)
+        path = from_main(self.accelerator, save)
+        self.saved = path is not None
+        return path
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint: tail, optimizer, scaler, counters (a collective: the main process reads).
