@@ -122,7 +122,7 @@ def test_compressed_members_are_refused(tmp_path):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     _sealed(tmp_path / "step-00000001.pt", (tmp_path / "small.zip").read_bytes())
-    with pytest.raises(CheckpointError, match="compressed members"):
+    with pytest.raises(CheckpointError, match="compressed or encrypted members"):
         checkpoint.read(tmp_path / "step-00000001.pt")
 
 

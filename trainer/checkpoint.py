@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import struct
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer import files
+from trainer.archive import check
 from trainer.errors import CheckpointError
 
 FORMAT = 1
@@ -45,6 +45,12 @@ _MOST_FAILURES = 3  # saves in a row
 KEYS = {
     *("format", "model", "optimizer", "scaler", "epoch", "step", "samples", "skipped_samples", "training_samples"),
     *("totals", "metrics", "fingerprint", "freeze_plan", "classes", "base", "config"),
+}
+_TYPES = {
+    **dict.fromkeys(("epoch", "step", "samples", "skipped_samples", "training_samples"), int),
+    **dict.fromkeys(("model", "optimizer", "totals", "metrics", "fingerprint", "freeze_plan", "base", "config"), dict),
+    "scaler": dict | None,
+    "classes": list,
 }
 State = dict[str, Any]
 
@@ -115,7 +121,7 @@ class Saver:
                 saves = f"{self.failures} saves in a row" if self.failures > 1 else "a save"
                 raise OSError(error.errno, f"{saves} failed: {error.strerror}", str(folder)) from error
             log.warning(
-                "cannot save step %d, failure %d of %d: %s. Training goes on until the next save; older checkpoints stay.",
+                "cannot save step %d, failure %d of %d: %s. Training goes on; the older checkpoints are untouched.",
                 *(state["step"], self.failures, _MOST_FAILURES, error),
             )
             return None
@@ -155,15 +161,11 @@ def read(path: Path) -> State:
         raise CheckpointError(f"there is no checkpoint {path}.")
     archive = verify(path)
     try:
-        with zipfile.ZipFile(io.BytesIO(archive)) as members:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
-                raise CheckpointError(f"{path} has compressed members, which torch.save never writes.")
+        check(archive)
         # weights_only: tensors and plain types alone, no code; stated, because an environment variable can lift the
         # default.
         state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except CheckpointError:
-        raise
-    except Exception as error:
+    except Exception as error:  # hostile files raise nearly anything
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     found = state.get("format") if isinstance(state, dict) else None
     if not isinstance(found, int):
@@ -172,6 +174,9 @@ def read(path: Path) -> State:
         raise NewerFormat(f"{path} has format {found}; this version of the template reads up to {FORMAT}.")
     if missing := KEYS - state.keys():
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}.")
+    for name, expected in _TYPES.items():
+        if name in KEYS and not isinstance(state[name], expected):
+            raise CheckpointError(f"{path} has {type(state[name]).__name__} as {name}.")
     if (match := _NAME.fullmatch(path.name)) and int(match[1]) != state["step"]:
         raise CheckpointError(f"{path} holds step {state['step']}: somebody has renamed it.")
     return state

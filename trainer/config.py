@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import io
 import os
+import reprlib
 import sys
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass, field
@@ -168,6 +169,8 @@ def resumed(config: Config, arguments: list[str] | None = None) -> Config:
         return config
     stored = run.stored_config(config.run.resume, config.run.output, default_name(config))
     config = _layers(_own(arguments), stored=stored)
+    if foreign := [name for name in _NOT_STORED if name in stored.get("run", {})]:
+        raise UsageError(f"--resume {config.run.resume}: its settings say {foreign[0]}, which no run stores.")
     _check_resume(stored, config)
     return config
 
@@ -231,7 +234,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read --config {path}: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: no such date, too many digits
         raise UsageError(f"--config {path} is not plain YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} holds {type(values).__name__}; expected groups of settings such as optim:.")
@@ -247,7 +250,7 @@ def _arguments(values: dict[str, Any]) -> list[str]:
         if group not in groups:
             raise UsageError(_unknown(group, groups, "group"))
         if not isinstance(settings, dict):
-            raise UsageError(f"{group}: holds {settings!r}; expected settings such as {', '.join(fields)}.")
+            raise UsageError(f"{group}: holds {reprlib.repr(settings)}; expected settings such as {', '.join(fields)}.")
         for name, value in settings.items():
             if name not in fields:
                 raise UsageError(_unknown(name, fields, f"setting in {group}:"))

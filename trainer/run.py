@@ -290,8 +290,11 @@ def stored_config(resume: str, output: str | None, name: str) -> dict[str, Any]:
             return {}
         raise UsageError(f"--resume {resume} is neither a checkpoint nor the folder of a run: it has no config.yaml.")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+        return settings
+    except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 

@@ -19,6 +19,7 @@ import socket
 import sys
 import tempfile
 import urllib.error
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
+from trainer.archive import check_members
 from trainer.errors import DataError, UsageError
 
 __all__ = ["Source", "fetch_weights", "find_enum", "load_backbone_state"]
@@ -189,6 +191,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as members:
+                    check_members(members.infolist(), path.stat().st_size)
             # torchvision's training scripts save their arguments beside the model: a Namespace, which is plain data.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
