@@ -41,14 +41,17 @@ _MOST_FAILURES = 3  # saves in a row
 #   totals       sums of the metrics over the samples used in the epoch under way; empty between epochs
 #   metrics      {"train": {...}, "val": {...}, "best": {...}} of the last finished epoch
 #   fingerprint  {name: sha256}: the frozen tensors, which the file does not hold
+#   data         {"training": digest, "validation": digest, "skipped": [keys of training images left out, validation]}
 #   freeze_plan, classes, base, config         how to build the model again, and the run
 KEYS = {
     *("format", "model", "optimizer", "scaler", "epoch", "step", "samples", "skipped_samples", "training_samples"),
-    *("totals", "metrics", "fingerprint", "freeze_plan", "classes", "base", "config"),
+    *("totals", "metrics", "fingerprint", "freeze_plan", "classes", "data", "base", "config"),
 }
 _TYPES = {
     **dict.fromkeys(("epoch", "step", "samples", "skipped_samples", "training_samples"), int),
-    **dict.fromkeys(("model", "optimizer", "totals", "metrics", "fingerprint", "freeze_plan", "base", "config"), dict),
+    **dict.fromkeys(
+        ("model", "optimizer", "totals", "metrics", "fingerprint", "freeze_plan", "data", "base", "config"), dict
+    ),
     "scaler": dict | None,
     "classes": list,
 }

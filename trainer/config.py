@@ -13,7 +13,7 @@ import io
 import os
 import reprlib
 import sys
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -43,6 +43,10 @@ class DataConfig:
     """Side of the square the model sees, in pixels; None: the one its weights were trained with. The demo uses 64."""
     workers: int | None = None
     """Processes that decode images, per training process; None: one per core available. The demo uses 0."""
+    check_data: bool = False
+    """Decode every image once before the first step, and list those that cannot be read."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """Images that cannot be read end the run, or (skip) are found before the first step and left out of it."""
 
 
 @dataclass
@@ -101,6 +105,8 @@ class RunConfig:
     """Minutes between checkpoints in mid-epoch; None: no such limit."""
     time_limit: float | None = None
     """Minutes after which the run saves, stops and exits with 75, to be resumed: a little before, not after."""
+    timeout: float = 30.0
+    """Minutes to wait for another process or a data worker that gives no sign of life, before the run ends."""
     check_replicas: int | None = None
     """Optimizer steps between bitwise comparisons of the processes' weights; None: never."""
     keep: int = 2
@@ -285,7 +291,8 @@ def _check_resume(stored: dict[str, Any], config: Config) -> None:
                     f"--resume: the run has {name} {value!r}, the command line {new!r}. Leave the flag away to "
                     "continue it as it is, start a new run with --output, or insist with --override."
                 )
-            print(f"resume: {name}: {value} → {new}")
+            with suppress(OSError):  # nobody listens: no reason to stop
+                print(f"resume: {name}: {value} → {new}")
 
 
 def _check(config: Config) -> None:
@@ -307,6 +314,7 @@ def _check(config: Config) -> None:
         ("save-every", r.save_every, r.save_every is None or r.save_every >= 1, "at least 1 step"),
         ("save-minutes", r.save_minutes, r.save_minutes is None or r.save_minutes > 0, "more than 0 minutes"),
         ("time-limit", r.time_limit, r.time_limit is None or r.time_limit > 0, "more than 0 minutes"),
+        ("timeout", r.timeout, 0 < r.timeout < float("inf"), "more than 0 minutes"),
         ("check-replicas", r.check_replicas, r.check_replicas is None or r.check_replicas >= 1, "at least 1 step"),
         ("keep", r.keep, r.keep >= 2, "at least 2: while one is written, the other must exist"),
         ("cache-memory", r.cache_memory, r.cache_memory >= 0, "0 GiB or more"),

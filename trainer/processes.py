@@ -1,30 +1,36 @@
 """The processes of a run: start them, take turns, agree."""
 
 import atexit
+import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from datetime import timedelta
 from importlib.metadata import version
 from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
-from trainer.errors import UsageError
+from trainer.errors import UsageError, exit_code
 from trainer.preemption import Preempted
+from trainer.watch import Elsewhere, Watch, explained
 
 T = TypeVar("T")
 
 
-def start(*, exact: bool = False) -> Accelerator:
+def start(*, exact: bool = False, timeout: float = 30.0) -> Accelerator:
     """The Accelerator of this process, with what `accelerate launch` (or nothing) chose: device, processes, precision.
 
     Args:
         exact: compute the same bits on any number of processes of one kind of machine: one CPU thread, and on GPUs
             deterministic algorithms, without TF32 (https://docs.pytorch.org/docs/stable/notes/randomness.html).
+        timeout: minutes that a process waits for the others, see `Watch`.
 
     Raises:
         UsageError: the launcher asked for something that would silently not happen.
@@ -45,13 +51,15 @@ def start(*, exact: bool = False) -> Accelerator:
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    accelerator = Accelerator(cpu=cpu)
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patience])
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
         raise UsageError(
             f"the launcher started {wanted} processes, but each of them runs alone; "
             "use accelerate_configs/cpu_x2.yaml for processes on CPU, multi_gpu.yaml for GPUs."
         )
+    Watch(accelerator, timeout=60 * timeout)
     return accelerator
 
 
@@ -104,18 +112,6 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
             raise Elsewhere(rank, *other)
 
 
-class Elsewhere(RuntimeError):
-    """Another process failed, and said why; this one ends with the same exit code.
-
-    Attributes:
-        rank, kind, exit_code, reason: of the process that failed; its exception's type and text.
-    """
-
-    def __init__(self, rank: int, kind: str, exit_code: int, reason: str):
-        super().__init__(f"process {rank} failed: {reason}")
-        self.rank, self.kind, self.exit_code, self.reason = rank, kind, exit_code, reason
-
-
 def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
     """Call `function` on the main process and give its result to all (a collective); its exception, too."""
     error, result = None, [None]
@@ -153,7 +149,13 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
     """
     code = 0
     try:
-        function(*arguments)
+        try:
+            function(*arguments)
+        except Exception as error:
+            error = explained(error)
+            if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, Elsewhere):
+                ErrorHandler().record_exception(error)  # the launcher prints it
+            raise error
     except (ValueError, OSError, Elsewhere, Preempted) as error:
         code = fail(error)
     except KeyboardInterrupt:  # before Preemption took note of signals
@@ -161,6 +163,12 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
     except Exception:
         code = 1
         traceback.print_exc()
+    if Watch.current is not None:
+        Watch.current.close()
+    if code:  # a data worker that hangs would be waited for, and one that dies now is no news
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
     # Not by way of the interpreter's finalization: threads of torch.distributed that want the GIL then are unwound
     # through C++ code that cannot be, and abort the process, whatever its exit code was going to be.
     atexit._run_exitfuncs()  # ends data workers
@@ -175,11 +183,6 @@ def fail(error: BaseException) -> int:
 
     Every process fails, one speaks.
     """
-    if os.environ.get("RANK", "0") == "0" or not isinstance(error, Elsewhere):
+    if os.environ.get("RANK", "0") == "0" or not isinstance(error, Elsewhere) or error.orphans:
         print(f"error: {error}", file=sys.stderr, flush=True)
     return exit_code(error)
-
-
-def exit_code(error: BaseException) -> int:
-    """The exit code of the program that an error ends: its own, 74 (`EX_IOERR`) for OSError, or 1."""
-    return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)

@@ -5,6 +5,7 @@ runs/photos-resnet50/
     checkpoints/      step-00000120.pt ..., best.pt
     lock              held by the process that works here: host, pid, start
     status.json       how the run stands
+    error.json        what ended it, if it failed: rank, type, message, traceback
     metrics.jsonl     one line per epoch
     tensorboard/
 """
@@ -17,7 +18,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,6 +96,12 @@ class RunFolder:
         """Where the checkpoints are."""
         return self.path / "checkpoints"
 
+    def skipped(self) -> list[list[str]] | None:
+        """The images that the run to continue has left out; None for a new one."""
+        from trainer import checkpoint  # imports torch
+
+        return None if self.source is None else checkpoint.read(self.source)["data"].get("skipped", [[], []])
+
     def status(self, status: str, **values: Any) -> None:
         """Write `status.json`: how the run stands, for whoever started it (launchers flatten exit codes to 1).
 
@@ -126,14 +133,32 @@ class RunFolder:
         Raises:
             OSError: the last checkpoint could not be written.
         """
-        from trainer.preemption import Preempted  # imports torch
+        from trainer import watch  # imports torch, as the next one does
+        from trainer.preemption import Preempted
+
+        main, rank = loop.accelerator.is_main_process, loop.accelerator.process_index
 
         def status(word: str, **values: Any) -> None:
-            if loop.accelerator.is_main_process:
-                self.status(word, step=loop.step, epoch=loop.epoch, **values)
+            self.status(word, step=loop.step, epoch=loop.epoch, **values)
+
+        def failed(error: Exception) -> None:
+            cause = watch.details(error, rank)
+            speaks = main or getattr(error, "orphans", False)
+            if not self.path.is_dir():  # of another machine
+                return
+            if cause["rank"] == rank or (speaks and not (self.path / "error.json").exists()):
+                with suppress(OSError):
+                    files.replace(self.path / "error.json", json.dumps(cause, indent=1).encode())
+            if speaks:
+                names = {str(index): name_of(index) for index in getattr(error, "samples", [])}
+                reason = {"reason": f"{cause['type']}: {cause['message']}", **{k: cause[k] for k in list(cause)[:3]}}
+                status("failed", **reason, **({"samples": names} if names else {}))
 
         guard.armed = True
-        status("running")
+        if watch.Watch.current is not None:
+            watch.Watch.current.when_lost = failed
+        if main:
+            status("running")
         try:
             try:
                 yield
@@ -141,14 +166,15 @@ class RunFolder:
                     loop.save(self.checkpoints, keep=keep, final=True)
             except Preempted as stop:
                 path = loop.save(self.checkpoints, keep=keep, final=True)
-                status("preempted", reason=str(stop), checkpoint=path.name)
+                if main:
+                    status("preempted", reason=str(stop), checkpoint=path.name)
                 raise
         except Exception as error:
-            samples = getattr(error, "samples", [])
-            files = {str(index): name_of(index) for index in samples}
-            status("failed", reason=f"{type(error).__name__}: {error}", **({"samples": files} if files else {}))
-            raise
-        status("completed")
+            error = watch.explained(error)
+            failed(error)
+            raise error
+        if main:
+            status("completed")
 
     def lock(self, *, create: bool = True) -> None:
         """Make this process the only one that works here, until it ends.
@@ -188,7 +214,7 @@ class RunFolder:
             files.sweep(folder)
         for path in self.damaged:
             files.ops.rename(path, path.with_name(f"{path.name}.damaged"))
-        for path in self.stale:
+        for path in [*self.stale, self.path / "error.json"]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:

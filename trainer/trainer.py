@@ -48,7 +48,7 @@ class Trainer:
         clip_norm: largest 2-norm of the gradient of a window; None clips nothing.
         seed: of the sample order and of the randomness in a step.
         exact: sum the gradients of micro-batches in one order on any number of processes (see `_reduce_in_order`).
-        about: entries that go into checkpoints as they are: "freeze_plan", "classes", "base", "config".
+        about: entries that go into checkpoints as they are: "freeze_plan", "classes", "data", ...
 
     Attributes:
         epoch: finished epochs. step: optimizer steps. samples: training samples used, over all processes.
@@ -82,7 +82,7 @@ class Trainer:
         self.tail, self.optimizer = accelerator.prepare(tail, optimizer)
         self.plan, self.lr, self.epochs, self.seed = plan, lr, epochs, seed
         self.step_function, self.clip_norm, self.exact = step or classification(), clip_norm, exact
-        self.about, self.fingerprint = about, fingerprint(model)
+        self.about, self.fingerprint = {"data": {}, **about}, fingerprint(model)
         self.trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.epoch = self.step = self.samples = self.skipped_samples = 0
         self.rate = 0.0
@@ -313,15 +313,15 @@ class Trainer:
                 what was expected and what was found. The model is then unchanged.
         """
         state = from_main(self.accelerator, lambda: checkpoint.read(path))
-        for name in ("classes", "freeze_plan"):
-            if state[name] != self.about[name]:
-                raise CheckpointError(f"{path} has other {name}: {state[name]}; this run has {self.about[name]}.")
-        check_fingerprint(self.fingerprint, state["fingerprint"])
         if state["training_samples"] != self.plan.samples:
             raise CheckpointError(
                 f"{path} was trained on {state['training_samples']:,} images; this training set has "
                 f"{self.plan.samples:,}. Continue with the data it was trained on."
             )
+        for name in ("classes", "freeze_plan", "data"):
+            if state[name] != self.about[name]:
+                raise CheckpointError(f"{path} has other {name}: {state[name]}; this run has {self.about[name]}.")
+        check_fingerprint(self.fingerprint, state["fingerprint"])
         live, optimizer = trained_tensors(self.model), self.optimizer.optimizer
         checkpoint.check_tensors(state["model"], live)
         optimizer.load_state_dict(checkpoint.positional_state(state["optimizer"], optimizer, self.model))
