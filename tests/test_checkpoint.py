@@ -33,6 +33,7 @@ def state(tiny):
         "fingerprint": {"conv.weight": "00"},
         "freeze_plan": {"train": ["fc"], "trainable": ["fc.weight", "fc.bias"]},
         "classes": ["a", "b", "ç"],
+        "data": {},
         "base": {"source": "random", "seed": 0},
         "config": {"optim": {"lr": 0.1}},
     }
