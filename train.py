@@ -13,7 +13,7 @@ from trainer.config import Config, default_name, parse, resumed, to_dict
 
 
 def main(config: Config) -> None:
-    accelerator, say = trainer.start(exact=config.run.exact), trainer.say
+    accelerator, say = trainer.start(exact=config.run.exact, timeout=config.run.timeout), trainer.say
     config = trainer.from_main(accelerator, partial(resumed, config))  # one, on any number of machines
     data, model, optim, run = config.data, config.model, config.optim, config.run
     guard = trainer.Preemption(accelerator, time_limit=run.time_limit, save_minutes=run.save_minutes)
@@ -26,6 +26,12 @@ def main(config: Config) -> None:
     load = partial(trainer.load_data, data.data, val_fraction=data.val_fraction, seed=run.seed, root=data.data_root)
     train_images, val_images = trainer.in_turn(accelerator, load)
     classes = list(train_images.classes)
+    # What cannot be read is found now, not in the third hour; a resumed run leaves out what it left out before.
+    workers = trainer.cores_per_process(accelerator) if data.workers is None else data.workers
+    loading = {"workers": workers, "timeout": 60 * run.timeout}
+    check = partial(trainer.check_images, check=data.check_data, skip=data.bad_images == "skip", **loading)
+    known = trainer.from_main(accelerator, folder.skipped)
+    (train_images, val_images), skipped = check(accelerator, (train_images, val_images), known=known)
     match = trainer.Match(
         by=model.weights_match,
         rename=model.weights_rename,
@@ -51,6 +57,8 @@ def main(config: Config) -> None:
     parts = trainer.split_model(network, normalize(val_set[0, 0]["image"][None].to(accelerator.device)))
     plan = trainer.BatchPlan(len(train_set), optim.batch_size, optim.micro_batch, accelerator.num_processes)
     say(f"data    {data.data}: {len(train_set):,} training, {len(val_set):,} validation images, {len(classes)} classes")
+    if any(skipped):
+        say(f"        {sum(map(len, skipped))} images that cannot be read are left out")
     say(f"model   {model.name} at {spec.size} px, {backbone.origin}")
     say(f"train   {freeze_plan}", f"split   {parts}", f"batch   {plan}", f"run     {folder.path}")
     trainer.agree(accelerator, data=train_images.digest, validation=val_images.digest)
@@ -72,6 +80,7 @@ def main(config: Config) -> None:
         about={
             "freeze_plan": freeze_plan.to_dict(),
             "classes": classes,
+            "data": {"training": train_images.digest(), "validation": val_images.digest(), "skipped": skipped},
             "base": backbone.base,
             "config": to_dict(config),
         },
@@ -90,8 +99,7 @@ def main(config: Config) -> None:
     trainer.from_main(accelerator, partial(folder.begin, to_dict(config), plan=freeze_plan, report=backbone.report))
 
     # Features. The trunk's output is a function of the image alone: what is not augmented goes through it once.
-    workers = trainer.cores_per_process(accelerator) if data.workers is None else data.workers
-    through = partial(trainer.Stream, trunk=parts.trunk, normalize=normalize, accelerator=accelerator, workers=workers)
+    through = partial(trainer.Stream, trunk=parts.trunk, normalize=normalize, accelerator=accelerator, **loading)
     train, val = through(train_set), through(val_set)
     logs = trainer.Logs(accelerator, folder.path, epochs=optim.epochs, step=loop.step)
 
@@ -104,7 +112,7 @@ def main(config: Config) -> None:
         if run.check_frozen is not None and loop.step % run.check_frozen == 0:
             loop.check_frozen()
 
-    with folder.outcome(loop, guard, name_of=train_images.name):
+    with folder.outcome(loop, guard, name_of=train_images.name, keep=run.keep):
         if parts.has_trunk:
             kept = partial(trainer.keep, plan=plan, limit=run.cache_memory, between=guard.check)
             val = kept(val, name="val")

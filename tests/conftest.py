@@ -1,9 +1,11 @@
 """Shared by the tests: the launcher, tiny images, a tiny network."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +17,14 @@ ROOT = Path(__file__).parent.parent
 TINY_RUN = ROOT / "tests" / "tiny_run.py"
 
 
-def launch(script: Path, *arguments: object, cwd: Path, config: str = "cpu", processes: int | None = None):
+def launch(
+    script: Path,
+    *arguments: object,
+    cwd: Path,
+    config: str = "cpu",
+    processes: int | None = None,
+    env: dict | None = None,
+):
     """Run a script through `accelerate launch` with one of the configurations; gives the finished process."""
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += ["--config_file", str(ROOT / "accelerate_configs" / f"{config}.yaml")]
@@ -23,7 +32,7 @@ def launch(script: Path, *arguments: object, cwd: Path, config: str = "cpu", pro
     return subprocess.run(
         [*command, str(script), *map(str, arguments)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
         capture_output=True,
         text=True,
         timeout=300,
@@ -101,6 +110,7 @@ def write_run(folder: Path, name: str, size: int, *, train: tuple[str, ...] = ("
         "fingerprint": fingerprint(backbone.model),
         "freeze_plan": plan.to_dict(),
         "classes": ["a", "b", "ç {x}"],
+        "data": {},
         "base": backbone.base,
         "config": {
             "data": {"data": "nowhere", "data_root": "nowhere", "val_fraction": 0.2, "image_size": size},
@@ -112,6 +122,37 @@ def write_run(folder: Path, name: str, size: int, *, train: tuple[str, ...] = ("
     (folder / "checkpoints").mkdir(parents=True)
     checkpoint.write(folder / "checkpoints" / "best.pt", state)
     return folder
+
+
+class Program:
+    """train.py, as one process, in a third of a second: see program.py."""
+
+    def __init__(self):
+        command = [sys.executable, str(ROOT / "tests" / "program.py")]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+
+    def __call__(self, *arguments: object, cwd: Path, setup: str = "", env: dict | None = None, timeout: float = 100):
+        """Run it.
+
+        Args:
+            arguments: its command line.
+            setup: Python code to run before, in its process: where a test breaks something.
+            timeout: seconds, after which it is killed.
+        """
+        job = {"arguments": [*map(str, arguments)], "cwd": str(cwd), "setup": setup, "env": env or {}}
+        self.server.stdin.write(json.dumps(job | {"timeout": timeout}) + "\n")
+        self.server.stdin.flush()
+        return SimpleNamespace(**json.loads(self.server.stdout.readline()))
+
+
+@pytest.fixture(scope="session")
+def program():
+    started = Program()
+    yield started
+    started.server.stdin.close()
+    started.server.wait()
+    started.server.stdout.close()
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,15 @@
+import errno
 import os
 import pickle
 import random
-import subprocess
-import sys
+import shutil
 import zipfile
 
 import pytest
 import torch
+from save_points import Watched
 
-from trainer import checkpoint
+from trainer import checkpoint, files
 from trainer.errors import CheckpointError
 from trainer.freezing import freeze, trained_tensors
 from trainer.optim import build_optimizer
@@ -32,6 +33,7 @@ def state(tiny):
         "fingerprint": {"conv.weight": "00"},
         "freeze_plan": {"train": ["fc"], "trainable": ["fc.weight", "fc.bias"]},
         "classes": ["a", "b", "ç"],
+        "data": {},
         "base": {"source": "random", "seed": 0},
         "config": {"optim": {"lr": 0.1}},
         "compute": {"device": "cpu", "precision": "no", "micro_batch": 4},
@@ -63,45 +65,39 @@ def test_round_trip_and_plain_torch_reads_it(tmp_path, state):
     assert os.listdir(tmp_path) == [path.name]
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, state, monkeypatch):
-    path = checkpoint.path_of(tmp_path, 7)
-    checkpoint.write(path, state)
-    before = path.read_bytes()
-
-    def full(descriptor):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left") as caught:
-        checkpoint.write(path, {**state, "epoch": 3})
-    assert caught.value.errno == 28
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == [path.name]
-
-
-def test_every_flipped_bit_and_every_truncation_is_detected(tmp_path, state):
+def test_every_flipped_bit_zeroed_page_and_truncation_is_detected(tmp_path, state):
     path = tmp_path / "step-00000007.pt"
-    checkpoint.write(path, state)
+    checkpoint.write(path, {**state, "model": {"wide": torch.rand(2000)}})
     data, draw = path.read_bytes(), random.Random(0)
-    for _ in range(200):
+    detected = 0
+    for _ in range(1000):
         place = draw.randrange(len(data) * 8)
         damaged = bytearray(data)
         damaged[place // 8] ^= 1 << place % 8
         path.write_bytes(damaged)
         with pytest.raises(CheckpointError):
             checkpoint.read(path)
-    for length in [0, 1, len(data) - 1, *range(1024, len(data), 1024)]:
-        path.write_bytes(data[:length])
-        with pytest.raises(CheckpointError, match=r"truncated|not a checkpoint"):
+        detected += 1
+    assert detected == 1000
+    for page in range(0, len(data), 4096):
+        path.write_bytes(data[:page] + bytes(len(data[page : page + 4096])) + data[page + 4096 :])
+        with pytest.raises(CheckpointError, match=r"damaged|truncated"):
             checkpoint.read(path)
+    for length in [0, 1, len(data) - 1, *range(1024, len(data), 1024)]:
+        for tail in (b"", bytes(len(data) - length)):  # cut off, or never written
+            path.write_bytes(data[:length] + tail)
+            with pytest.raises(CheckpointError, match=r"truncated|not a checkpoint|damaged"):
+                checkpoint.read(path)
     path.write_bytes(data + b"\0")
     with pytest.raises(CheckpointError):
         checkpoint.read(path)
+    path.write_bytes(data)
+    checkpoint.read(path)
 
 
 def _sealed(path, archive: bytes):
     """A file with a valid trailer around any content."""
-    checkpoint._replace(path, archive, checkpoint._trailer(archive))
+    path.write_bytes(archive + checkpoint._trailer(archive))
 
 
 def test_code_in_a_pickle_is_not_run(tmp_path, monkeypatch):
@@ -128,7 +124,7 @@ def test_compressed_members_are_refused(tmp_path):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     _sealed(tmp_path / "step-00000001.pt", (tmp_path / "small.zip").read_bytes())
-    with pytest.raises(CheckpointError, match="compressed members"):
+    with pytest.raises(CheckpointError, match="compressed or encrypted members"):
         checkpoint.read(tmp_path / "step-00000001.pt")
 
 
@@ -154,13 +150,16 @@ def test_a_missing_file_is_named(tmp_path):
         checkpoint.read(tmp_path / "nothing.pt")
 
 
+def _write_steps(folder, state, *steps):
+    for step in steps:
+        checkpoint.write(checkpoint.path_of(folder, step), {**state, "step": step})
+
+
 def test_newest_is_by_step_and_passes_over_what_is_damaged(tmp_path, state, caplog):
     assert checkpoint.newest(tmp_path) is None
-    for step in (100000000, 9, 20):  # written in this order: time says nothing
-        checkpoint.write(checkpoint.path_of(tmp_path, step), {**state, "step": step})
-    (tmp_path / "step-00000999.pt.bak").write_bytes(b"")
-    (tmp_path / "step-99.pt").write_bytes(b"")
-    (tmp_path / "step-200000000.pt").mkdir()
+    _write_steps(tmp_path, state, 100000000, 9, 20)  # written in this order: time says nothing
+    for path in tmp_path.iterdir():
+        os.utime(path, (0, 0))
     assert checkpoint.newest(tmp_path).name == "step-100000000.pt"
     checkpoint.path_of(tmp_path, 100000000).write_bytes(b"x" * 100)
     assert checkpoint.newest(tmp_path).name == "step-00000020.pt"
@@ -170,21 +169,73 @@ def test_newest_is_by_step_and_passes_over_what_is_damaged(tmp_path, state, capl
         checkpoint.path_of(tmp_path, step).write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"(?s)no checkpoint in .* can be used:.*000020.pt.*000009.pt"):
         checkpoint.newest(tmp_path)
+    checkpoint.write(tmp_path / "best.pt", state)
+    assert checkpoint.newest(tmp_path).name == "best.pt"
+
+
+def test_newest_ignores_what_only_has_the_name_of_a_checkpoint(tmp_path, state, caplog):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    for folder in (run, elsewhere):
+        folder.mkdir()
+    _write_steps(run, state, 20)
+    _write_steps(elsewhere, state, 30)
+    (run / "step-00000030.pt").symlink_to(elsewhere / "step-00000030.pt")
+    (run / "step-00000040.pt").mkdir()
+    (run / "step-00000050.pt.bak").write_bytes(b"")
+    (run / "step-60.pt").write_bytes(b"")
+    shutil.copy(run / "step-00000020.pt", run / "step-00000070.pt")
+    torch.save({"somebody": "else's"}, run / "step-00000080.pt")
+    assert checkpoint.newest(run).name == "step-00000020.pt"
+    for name in ("step-00000030.pt", "step-00000040.pt", "step-60.pt"):
+        assert f"{name} is ignored: expected a file" in caplog.text
+    assert "step-00000070.pt holds step 20: somebody has renamed it. Using step-00000020.pt" in caplog.text
+    assert "step-00000080.pt is truncated, or not a checkpoint of this template" in caplog.text
+
+
+def test_a_newer_format_is_not_passed_over_for_something_older(tmp_path, state, monkeypatch):
+    _write_steps(tmp_path, state, 10)
+    monkeypatch.setattr(checkpoint, "FORMAT", 2)
+    _write_steps(tmp_path, state, 20)
+    monkeypatch.setattr(checkpoint, "FORMAT", 1)
+    with pytest.raises(CheckpointError, match=r"20\.pt has format 2; this version of the template reads up to 1"):
+        checkpoint.newest(tmp_path)
+
+
+def test_a_saver_forgives_two_failures_and_remembers_the_best(tmp_path, state, monkeypatch, caplog):
+    saver, ops = checkpoint.Saver(), Watched()
+    monkeypatch.setattr(files, "ops", ops)
+
+    def save(step, *, disk, best=False, final=False):
+        ops.first = lambda number: None if disk else fail()
+        return saver.save(tmp_path, {**state, "step": step}, best=best, keep=2, final=final)
+
+    def fail():
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert save(10, disk=True).name == "step-00000010.pt"
+    before = (tmp_path / "step-00000010.pt").read_bytes()
+    assert save(20, disk=False, best=True) is None
+    assert save(30, disk=False) is None
+    assert "cannot save step 30, failure 2 of 3: [Errno 28] No space left on device. Training goes on" in caplog.text
+    assert save(40, disk=True).name == "step-00000040.pt"
+    assert checkpoint.read(tmp_path / "best.pt")["step"] == 20
+    assert (tmp_path / "step-00000010.pt").read_bytes() == before
+    for step in (50, 60):
+        assert save(step, disk=False) is None
+    with pytest.raises(OSError, match="3 saves in a row failed: No space left on device") as caught:
+        save(70, disk=False)
+    assert caught.value.errno == errno.ENOSPC
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "step-00000010.pt", "step-00000040.pt"]
+    with pytest.raises(OSError, match="a save failed: No space left"):
+        checkpoint.Saver().save(tmp_path, state, best=False, keep=2, final=True)
 
 
 def test_prune_keeps_the_newest_the_best_and_files_of_others(tmp_path, state):
-    for step in (1, 2, 3, 10):
-        checkpoint.write(checkpoint.path_of(tmp_path, step), state)
-    checkpoint.copy(checkpoint.path_of(tmp_path, 1), tmp_path / "best.pt")
+    _write_steps(tmp_path, state, 1, 2, 3, 10)
+    shutil.copy(checkpoint.path_of(tmp_path, 1), tmp_path / "best.pt")
     (tmp_path / "notes.txt").write_text("mine")
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    (tmp_path / f".tmp-step-00000011.pt-{dead.pid}").write_bytes(b"half")
-    (tmp_path / f".tmp-step-00000012.pt-{os.getpid()}").write_bytes(b"being written")
-    checkpoint.prune(tmp_path, keep=2)
-    assert sorted(os.listdir(tmp_path)) == [
-        *(f".tmp-step-00000012.pt-{os.getpid()}", "best.pt", "notes.txt", "step-00000003.pt", "step-00000010.pt"),
-    ]
+    checkpoint.prune(tmp_path, keep=1)  # while one is written, another must exist
+    assert sorted(os.listdir(tmp_path)) == ["best.pt", "notes.txt", "step-00000003.pt", "step-00000010.pt"]
     assert [path.name for path in checkpoint.later_than(tmp_path, 3)] == ["step-00000010.pt"]
 
 

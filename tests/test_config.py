@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from trainer import config
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, UsageError
 
 
 def test_defaults_are_the_demo():
@@ -105,6 +105,11 @@ def test_a_wrong_flag_is_one_message_and_exit_code_2(arguments, says, capsys):
     assert says in capsys.readouterr().err
 
 
+# Lists of lists of lists: 300 bytes that would be 2^30 items when written out.
+BOMB = "data: {val_fraction: &a0 [x]}\n"
+BOMB = "[&a0 [x], " + ", ".join(f"&a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1, 30)) + "]"
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [
@@ -117,6 +122,12 @@ def test_a_wrong_flag_is_one_message_and_exit_code_2(arguments, says, capsys):
         ("[1, 2]", "holds list; expected groups of settings"),
         ("optim: {lr: !!python/object/apply:os.system ['true']}", "is not plain YAML"),
         ("a: &a [x]\nb: [*a, *a", "is not plain YAML"),
+        ("optim: {lr: 2001-13-45}", "is not plain YAML"),
+        (f"optim: {{lr: {'1' * 5000}}}", "is not plain YAML"),
+        ("[" * 2000, "is not plain YAML"),
+        (f"optim: {BOMB}", "optim: holds ["),
+        (f"optim: {{lr: {BOMB}}}", "optim.lr holds list; expected a plain value"),
+        ("optim: {lr: 1}\nrun: {output: /etc, 5: 6}", "unknown setting in run: 5"),
     ],
 )
 def test_a_wrong_file_is_one_message_and_exit_code_2(text, says, tmp_path, capsys):
@@ -183,6 +194,20 @@ def test_resuming_what_is_not_there(tmp_path):
     with pytest.raises(UsageError, match="there is no such checkpoint or run"):
         _resumed("--resume", str(tmp_path / "missing.pt"))
     assert _resumed("--resume", "auto", "--output", str(tmp_path)).optim.lr == 0.1
+
+
+@pytest.mark.parametrize("text", ["run: {output: /etc}", "run: {overwrite: true}", "run: {config: other.yaml}"])
+def test_the_settings_of_a_run_cannot_say_where_to_write(stored_run, text):
+    (stored_run / "config.yaml").write_text(text)
+    with pytest.raises(UsageError, match=r"its settings say \w+, which no run stores"):
+        _resumed("--resume", str(stored_run))
+
+
+@pytest.mark.parametrize("text", ["[1]", "lr: !!python/object/apply:os.system ['true']", "{", "a: 2001-13-45", ""])
+def test_settings_of_a_run_that_are_no_settings_are_an_error(stored_run, text):
+    (stored_run / "config.yaml").write_text(text)
+    with pytest.raises(CheckpointError, match=r"config\.yaml cannot be read"):
+        _resumed("--resume", str(stored_run))
 
 
 def test_every_flag_is_explained():

@@ -50,7 +50,7 @@ def test_logs_that_cannot_be_written_are_reported_once_and_change_nothing(tmp_pa
     logs.accelerator.log = full
     _train(logs, range(5), of_epoch=12)
     assert [record.message for record in caplog.records if "No space" in record.message] == [
-        f"cannot write logs to {tmp_path}, training goes on: [Errno 28] No space left on device"
+        f"cannot write logs to {tmp_path}, training goes on: OSError: [Errno 28] No space left on device"
     ]
 
 

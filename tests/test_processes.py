@@ -33,14 +33,14 @@ def test_fail_prints_one_line_and_gives_the_exit_code(capsys):
     assert processes.fail(UsageError("wrong")) == 2
     assert processes.fail(DataError("bad")) == 65
     assert processes.fail(OSError(28, "No space left on device")) == 74
-    assert processes.fail(processes.Elsewhere("process 1 failed: bad", exit_code=65)) == 65
+    assert processes.fail(processes.Elsewhere(1, "DataError", 65, "bad")) == 65
     assert capsys.readouterr().err.splitlines()[:2] == ["error: wrong", "error: bad"]
 
 
 def test_what_all_processes_of_a_machine_find_is_said_once(capsys, monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert processes.fail(UsageError("wrong")) == 2
-    assert processes.fail(processes.Elsewhere("process 0 failed: bad", exit_code=65)) == 65
+    assert processes.fail(processes.Elsewhere(0, "DataError", 65, "bad")) == 65
     assert processes.fail(DataError("my bad")) == 65
     assert capsys.readouterr().err == "error: my bad\n"
 

@@ -1,9 +1,14 @@
 import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from trainer import checkpoint, rules, run
-from trainer.errors import UsageError
+from trainer.errors import CheckpointError, UsageError
 from trainer.freezing import FreezePlan
 from trainer.weights import Report
 
@@ -40,7 +45,7 @@ def test_overwriting_deletes_what_a_run_wrote_but_only_when_the_new_one_begins(t
     new = run.open_run("out", None, "x", overwrite=True)
     assert (old.checkpoints / "step-00000001.pt").exists(), "the run may still fail to start"
     new.begin({})
-    assert sorted(path.name for path in old.path.iterdir()) == ["checkpoints", "config.yaml", "notes.txt"]
+    assert sorted(path.name for path in old.path.iterdir()) == ["checkpoints", "config.yaml", "lock", "notes.txt"]
     assert list(old.checkpoints.iterdir()) == []
 
 
@@ -68,7 +73,7 @@ def trained(monkeypatch):
     monkeypatch.setattr(checkpoint, "KEYS", {"format", "step", "config"})
     for step in (10, 20):
         checkpoint.write(checkpoint.path_of(folder.checkpoints, step), {"step": step, "config": {"from": "file"}})
-    checkpoint.copy(checkpoint.path_of(folder.checkpoints, 10), folder.checkpoints / "best.pt")
+    shutil.copy(checkpoint.path_of(folder.checkpoints, 10), folder.checkpoints / "best.pt")
     return folder
 
 
@@ -119,3 +124,70 @@ def test_metrics_after_the_resumed_step_are_dropped(tmp_path):
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     run.rewind_metrics(tmp_path / "nowhere", step=2)
+
+
+HOLD = "import sys; from pathlib import Path; from trainer.run import RunFolder; "
+HOLD += "RunFolder(Path('out')).begin({}); print(flush=True); sys.stdin.read()"
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_dead():
+    waiting = run.open_run("out", None, "x")  # chose the folder before the other one began
+    other = subprocess.Popen([sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    other.stdout.readline()
+    try:
+        for begin in (lambda: run.open_run("out", "auto", "x"), lambda: waiting.begin({})):
+            with pytest.raises(UsageError, match=rf"another run works in out: host .*, pid {other.pid}, since 20"):
+                begin()
+    finally:
+        other.kill()
+        other.communicate()
+    run.open_run("out", "auto", "x").begin({})  # a dead process holds no lock, whatever the file says
+    assert f"pid {os.getpid()}, since" in (waiting.path / "lock").read_text()
+
+
+def test_a_run_that_came_and_went_meanwhile_is_noticed(trained):
+    again = run.open_run("out", "auto", "x")
+    checkpoint.write(checkpoint.path_of(trained.checkpoints, 30), {"step": 30, "config": {}})
+    with pytest.raises(UsageError, match="another run has worked in out meanwhile; start again"):
+        again.begin({})
+
+
+def test_looking_for_a_run_writes_nothing(trained):
+    before = {path: path.stat().st_mtime_ns for path in [trained.path, *trained.path.rglob("*")]}
+    for resume in ("auto", "out", "out/checkpoints/step-00000020.pt"):
+        run.open_run("out", resume, "x")
+    run.open_run("new", None, "x")
+    assert {path: path.stat().st_mtime_ns for path in [trained.path, *trained.path.rglob("*")]} == before
+    assert os.listdir() == ["out"]
+
+
+@pytest.mark.parametrize("resume", ["auto", "out"])
+def test_damaged_checkpoints_are_set_aside_when_the_run_begins(trained, caplog, resume):
+    newest = trained.checkpoints / "step-00000020.pt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    again = run.open_run("out", resume, "x")
+    assert again.source.name == "step-00000010.pt"
+    assert "step-00000020.pt is truncated" in caplog.text
+    assert newest.exists(), "the run may still fail to start"
+    again.begin({})
+    assert sorted(os.listdir(again.checkpoints)) == ["best.pt", "step-00000010.pt", "step-00000020.pt.damaged"]
+
+
+def test_a_damaged_checkpoint_that_is_named_is_not_replaced_by_another(trained):
+    newest = trained.checkpoints / "step-00000020.pt"
+    newest.write_bytes(newest.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match=r"step-00000020\.pt is truncated"):
+        run.open_run(None, str(newest), "x")
+
+
+def test_a_folder_that_cannot_be_written_is_found_at_once(tmp_path, monkeypatch):
+    for path in (tmp_path, tmp_path / "out"):  # permissions mean nothing to root: see test_faults.py, too
+        monkeypatch.setattr(os, "access", lambda asked, mode, path=path: Path(asked) != path)
+        with pytest.raises(OSError, match="cannot be written, so neither can the run's folder: 'out'"):
+            run.open_run("out", None, "x")
+        (tmp_path / "out").mkdir(exist_ok=True)
+
+
+def test_a_status_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    run.RunFolder(tmp_path / "gone").status("failed", reason="the disk")
+    assert "cannot write status.json, which would say failed" in caplog.text

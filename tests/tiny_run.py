@@ -47,6 +47,8 @@ parser.add_argument("--optimizer", default="adamw")
 parser.add_argument("--clip", type=float, default=1.0)
 parser.add_argument("--exact", action="store_true")
 parser.add_argument("--flip", action="store_true", help="change one bit of process 1's head after the second step")
+parser.add_argument("--timeout", type=float, default=0.1, help="minutes that processes wait for each other")
+parser.add_argument("--fail", default=None, help="an event at which the process of --kill-rank raises instead")
 parser.add_argument("--nan", type=int, default=None, help="sample whose loss is not a number")
 
 
@@ -82,7 +84,7 @@ class Events:
 
 
 def run(options: argparse.Namespace) -> None:
-    accelerator = trainer.start(exact=options.exact)
+    accelerator = trainer.start(exact=options.exact, timeout=options.timeout)
     rank = accelerator.process_index
     event = Events(options.kill if rank == options.kill_rank else None, options.by)
     event.after(os, "fsync", "fsync")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainer.backbones import Backbone, InputSpec, build_model, model_names, restore
+    from trainer.bad_images import check_images
     from trainer.data import Normalize, eval_transform, load_data, train_transform
     from trainer.errors import CheckpointError, DataError, NumericalError, UsageError
     from trainer.features import Kept, Stream, keep
@@ -33,10 +34,12 @@ if TYPE_CHECKING:
     from trainer.split import Split, split_model
     from trainer.steps import classification
     from trainer.trainer import Trainer
+    from trainer.watch import Watch
     from trainer.weights import Match, Report
 
 _HOME = {
     "backbones": ("Backbone", "InputSpec", "build_model", "model_names", "restore"),
+    "bad_images": ("check_images",),
     "data": ("Normalize", "eval_transform", "load_data", "train_transform"),
     "errors": ("CheckpointError", "DataError", "NumericalError", "UsageError"),
     "features": ("Kept", "Stream", "keep"),
@@ -61,6 +64,7 @@ _HOME = {
     "split": ("Split", "split_model"),
     "steps": ("classification",),
     "trainer": ("Trainer",),
+    "watch": ("Watch",),
     "weights": ("Match", "Report"),
 }
 _MODULE = {name: module for module, names in _HOME.items() for name in names}

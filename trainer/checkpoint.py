@@ -15,19 +15,21 @@ import logging
 import os
 import re
 import struct
-import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from trainer import files
+from trainer.archive import check
 from trainer.errors import CheckpointError
 
 FORMAT = 1
 _MAGIC = b"AFTCKPT\x01"
 _TRAILER = struct.Struct("<8sQ32s")
 _NAME = re.compile(r"step-(\d{8,})\.pt")
+_MOST_FAILURES = 3  # saves in a row
 
 # What `read` returns and `write` takes; `Trainer.save` fills it.
 #   format       this file's version, an integer
@@ -40,10 +42,18 @@ _NAME = re.compile(r"step-(\d{8,})\.pt")
 #   metrics      {"train": {...}, "val": {...}, "best": {...}} of the last finished epoch
 #   fingerprint  {name: sha256}: the frozen tensors, which the file does not hold
 #   compute      {"device": type, "precision": of autocast, "micro_batch": images}: what decides the last digits
+#   data         {"training": digest, "validation": digest, "skipped": [keys of training images left out, validation]}
 #   freeze_plan, classes, base, config         how to build the model again, and the run
 KEYS = {
     *("format", "model", "optimizer", "scaler", "epoch", "step", "samples", "skipped_samples", "training_samples"),
-    *("totals", "metrics", "fingerprint", "freeze_plan", "classes", "base", "config", "compute"),
+    *("totals", "metrics", "fingerprint", "freeze_plan", "classes", "data", "base", "config", "compute"),
+}
+_TYPES = {
+    **dict.fromkeys(("epoch", "step", "samples", "skipped_samples", "training_samples"), int),
+    **dict.fromkeys(("model", "optimizer", "totals", "metrics", "fingerprint", "freeze_plan"), dict),
+    **dict.fromkeys(("data", "base", "config", "compute"), dict),
+    "scaler": dict | None,
+    "classes": list,
 }
 State = dict[str, Any]
 
@@ -59,40 +69,67 @@ def write(path: Path, state: State) -> None:
     """Write a checkpoint so that `path` holds the old content or the new, whatever happens meanwhile.
 
     Raises:
-        OSError: with its errno (a full disk, a folder that cannot be written); `path` is then unchanged.
+        OSError: as `files.replace`.
     """
     assert state.keys() == KEYS - {"format"}, sorted(KEYS ^ state.keys())
     buffer = io.BytesIO()  # torch.save to a path hides the errno of a full disk
     torch.save({"format": FORMAT, **state}, buffer)
-    archive = buffer.getbuffer()
-    _replace(path, archive, _trailer(archive))
+    archive = buffer.getvalue()
+    files.replace(path, archive + _trailer(archive))
 
 
-def _trailer(archive: bytes | memoryview) -> bytes:
+def _trailer(archive: bytes) -> bytes:
     return _TRAILER.pack(_MAGIC, len(archive), hashlib.sha256(archive).digest())
 
 
-def copy(source: Path, target: Path) -> None:
-    """Copy a checkpoint by the same protocol as `write`."""
-    _replace(target, source.read_bytes())
+def save(folder: Path, state: State, *, best: State | None = None, keep: int = 2) -> Path:
+    """Write the checkpoint of `state` into a folder, and delete the oldest that are too many; gives its path.
+
+    Args:
+        folder: created if missing.
+        best: what to write to `best.pt`, too; usually `state`.
+        keep: how many of the newest stay, at least 2: while one is written, the other must exist.
+
+    Raises:
+        OSError: as `files.replace`; no older checkpoint has been deleted.
+    """
+    files.ops.make_folder(folder)
+    if best:  # first: a run killed between the two trains to this point again, and finds the same best
+        write(folder / "best.pt", best)
+    path = path_of(folder, state["step"])
+    write(path, state)
+    prune(folder, keep=keep)
+    return path
 
 
-def _replace(path: Path, *parts: bytes | memoryview) -> None:
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    try:
-        with open(temporary, "wb") as file:
-            for part in parts:
-                file.write(part)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself is durable only now
-    finally:
-        os.close(folder)
+class Saver:
+    """Saves the checkpoints of a run, and forgives a disk that fails now and then.
+
+    A save that fails is reported, and the run goes on to the next one; the third in a row is an error. A best
+    checkpoint that could not be written is kept in memory, and written with the next save that can be.
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0  # in a row
+        self._best: State | None = None
+
+    def save(self, folder: Path, state: State, *, best: bool, keep: int, final: bool) -> Path | None:
+        """As `save`; None if it failed. With `final`, and at the third failure in a row, it raises instead."""
+        self._best = state if best else self._best
+        try:
+            path = save(folder, state, best=self._best, keep=keep)
+        except OSError as error:
+            self.failures += 1
+            if final or self.failures == _MOST_FAILURES:
+                saves = f"{self.failures} saves in a row" if self.failures > 1 else "a save"
+                raise OSError(error.errno, f"{saves} failed: {error.strerror}", str(folder)) from error
+            log.warning(
+                "cannot save step %d, failure %d of %d: %s. Training goes on; the older checkpoints are untouched.",
+                *(state["step"], self.failures, _MOST_FAILURES, error),
+            )
+            return None
+        self.failures, self._best = 0, None
+        return path
 
 
 def verify(path: Path) -> bytes:
@@ -102,14 +139,17 @@ def verify(path: Path) -> bytes:
         CheckpointError: truncated, altered, or not a checkpoint of this template.
         OSError: cannot be read.
     """
-    data = path.read_bytes()
-    if len(data) < _TRAILER.size:
-        raise CheckpointError(f"{path} is not a checkpoint: {len(data)} bytes.")
-    magic, length, digest = _TRAILER.unpack(data[-_TRAILER.size :])
-    archive = data[: -_TRAILER.size]
-    if magic != _MAGIC:
-        raise CheckpointError(f"{path} is truncated, or not a checkpoint of this template: it has no trailer.")
-    if len(archive) != length or hashlib.sha256(archive).digest() != digest:
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < _TRAILER.size:
+            raise CheckpointError(f"{path} is not a checkpoint: {size} bytes.")
+        file.seek(size - _TRAILER.size)
+        magic, length, digest = _TRAILER.unpack(file.read())
+        if magic != _MAGIC or length != size - _TRAILER.size:  # before its bytes, which may be too many, are read
+            raise CheckpointError(f"{path} is truncated, or not a checkpoint of this template: it has no trailer.")
+        file.seek(0)
+        archive = file.read(length)
+    if hashlib.sha256(archive).digest() != digest:
         raise CheckpointError(f"{path} is damaged: its content does not match its sha256.")
     return archive
 
@@ -118,40 +158,31 @@ def read(path: Path) -> State:
     """Read and verify a checkpoint; its tensors are on the CPU.
 
     Raises:
-        CheckpointError: missing, damaged, of a newer format, or without an entry it must have.
+        CheckpointError: missing, damaged, of a newer format, without an entry it must have, or under another's name.
     """
     if not path.is_file():
         raise CheckpointError(f"there is no checkpoint {path}.")
     archive = verify(path)
     try:
-        state = unpack(io.BytesIO(archive))
-    except Exception as error:
+        check(archive)
+        # weights_only: tensors and plain types alone, no code; stated, because an environment variable can lift the
+        # default.
+        state = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
+    except Exception as error:  # hostile files raise nearly anything
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     found = state.get("format") if isinstance(state, dict) else None
     if not isinstance(found, int):
         raise CheckpointError(f"{path} is not a checkpoint of this template: it has no format version.")
     if found > FORMAT:
-        raise CheckpointError(f"{path} has format {found}; this version of the template reads up to {FORMAT}.")
+        raise NewerFormat(f"{path} has format {found}; this version of the template reads up to {FORMAT}.")
     if missing := KEYS - state.keys():
         raise CheckpointError(f"{path} lacks {', '.join(sorted(missing))}.")
+    for name, expected in _TYPES.items():
+        if name in KEYS and not isinstance(state[name], expected):
+            raise CheckpointError(f"{path} has {type(state[name]).__name__} as {name}.")
+    if (match := _NAME.fullmatch(path.name)) and int(match[1]) != state["step"]:
+        raise CheckpointError(f"{path} holds step {state['step']}: somebody has renamed it.")
     return state
-
-
-def unpack(file: Path | BinaryIO) -> Any:
-    """What `torch.save` wrote to a file, on the CPU: tensors and plain types alone; no code in it is run.
-
-    Raises:
-        ValueError: it has compressed members, which torch never writes: small files of any size in memory.
-        Exception: nearly any, for a file that is damaged or not torch's.
-    """
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as members:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in members.infolist()):
-                raise ValueError("it has compressed members, which torch.save never writes")
-    if not isinstance(file, Path):
-        file.seek(0)
-    # weights_only is stated, because an environment variable can lift the default.
-    return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -162,16 +193,26 @@ def is_checkpoint(path: Path) -> bool:
         return file.read().startswith(_MAGIC)
 
 
+class NewerFormat(CheckpointError):
+    """Written by a newer version of the template: not damaged, so nothing older may take its place."""
+
+
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step that verifies; a damaged one is reported and passed over.
+    """The checkpoint with the highest step that can be read, or else `best.pt`; what is passed over is reported.
 
     Raises:
-        CheckpointError: there are checkpoints, and none verifies: starting afresh would hide the loss.
+        CheckpointError: there are checkpoints, and none can be used: starting afresh would hide the loss; or the newest
+            is of a newer format.
     """
+    for path in sorted(folder.glob("step-*.pt")):
+        if path not in steps(folder):
+            log.warning("%s is ignored: expected a file named as step-00000120.pt is, and no link.", path)
     problems = []
-    for path in reversed(steps(folder)):
+    for path in [*reversed(steps(folder)), *folder.glob("best.pt")]:
         try:
-            verify(path)
+            read(path)
+        except NewerFormat:
+            raise
         except (CheckpointError, OSError) as error:
             problems.append(str(error))
             continue
@@ -185,7 +226,8 @@ def newest(folder: Path) -> Path | None:
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder in the order of their steps; other files are none of our business."""
-    found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name) and path.is_file()]
+    found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
+    found = [path for path in found if path.is_file() and not path.is_symlink()]
     return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
 
 
@@ -195,22 +237,10 @@ def later_than(folder: Path, step: int) -> list[Path]:
 
 
 def prune(folder: Path, *, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints (never `best.pt`), and what killed writers left behind."""
-    for path in steps(folder)[: -max(keep, 1)]:
-        path.unlink(missing_ok=True)
-    for path in folder.glob(".tmp-*"):
-        if not _is_running(path.name.rpartition("-")[2]):
-            path.unlink(missing_ok=True)
-
-
-def _is_running(pid: str) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, OverflowError, ProcessLookupError):
-        return False
-    except PermissionError:  # somebody else's process
-        return True
-    return True
+    """Delete all but the newest `keep` checkpoints (at least 2, never `best.pt`), and what killed writers left."""
+    for path in steps(folder)[: -max(keep, 2)]:
+        files.ops.remove(path)
+    files.sweep(folder)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:

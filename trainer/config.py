@@ -11,8 +11,9 @@ import dataclasses
 import difflib
 import io
 import os
+import reprlib
 import sys
-from contextlib import nullcontext, redirect_stderr
+from contextlib import nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +43,10 @@ class DataConfig:
     """Side of the square the model sees, in pixels; None: the one its weights were trained with. The demo uses 64."""
     workers: int | None = None
     """Processes that decode images, per training process; None: one per core available. The demo uses 0."""
+    check_data: bool = False
+    """Decode every image once before the first step, and list those that cannot be read."""
+    bad_images: Literal["stop", "skip"] = "stop"
+    """Images that cannot be read end the run, or (skip) are found before the first step and left out of it."""
 
 
 @dataclass
@@ -118,6 +123,8 @@ class RunConfig:
     """Minutes between checkpoints in mid-epoch; None: no such limit."""
     time_limit: float | None = None
     """Minutes after which the run saves, stops and exits with 75, to be resumed: a little before, not after."""
+    timeout: float = 30.0
+    """Minutes to wait for another process or a data worker that gives no sign of life, before the run ends."""
     check_replicas: int | None = None
     """Optimizer steps between bitwise comparisons of the processes' weights; None: never."""
     check_frozen: int | None = None
@@ -188,6 +195,8 @@ def resumed(config: Config, arguments: list[str] | None = None) -> Config:
         return config
     stored = run.stored_config(config.run.resume, config.run.output, default_name(config))
     config = _layers(_own(arguments), stored=stored)
+    if foreign := [name for name in _NOT_STORED if name in stored.get("run", {})]:
+        raise UsageError(f"--resume {config.run.resume}: its settings say {foreign[0]}, which no run stores.")
     _check_resume(stored, config)
     return config
 
@@ -265,7 +274,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read --config {path}: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: no such date, too many digits
         raise UsageError(f"--config {path} is not plain YAML: {error}") from None
     if not isinstance(values, dict):
         raise UsageError(f"--config {path} holds {type(values).__name__}; expected groups of settings such as optim:.")
@@ -281,14 +290,14 @@ def _arguments(values: dict[str, Any]) -> list[str]:
         if group not in groups:
             raise UsageError(_unknown(group, groups, "group"))
         if not isinstance(settings, dict):
-            raise UsageError(f"{group}: holds {settings!r}; expected settings such as {', '.join(fields)}.")
+            raise UsageError(f"{group}: holds {reprlib.repr(settings)}; expected settings such as {', '.join(fields)}.")
         for name, value in settings.items():
             if name not in fields:
                 raise UsageError(_unknown(name, fields, f"setting in {group}:"))
             flag = _flag(fields[name])
             if isinstance(value, bool):
                 arguments.append(flag if value else flag.replace("--", "--no-", 1))
-            elif isinstance(value, list) and any(str(item).startswith("--") for item in value):
+            elif isinstance(value, list) and any(isinstance(item, str) and item.startswith("--") for item in value):
                 raise UsageError(f"{group}.{name} holds {value}, which the command line would take for flags.")
             elif isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
                 arguments += [flag, *map(str, value)]
@@ -318,7 +327,8 @@ def _check_resume(stored: dict[str, Any], config: Config) -> None:
                     f"--resume: the run has {name} {value!r}, the command line {new!r}. Leave the flag away to "
                     "continue it as it is, start a new run with --output, or insist with --override."
                 )
-            print(f"resume: {name}: {value} → {new}")
+            with suppress(OSError):  # nobody listens: no reason to stop
+                print(f"resume: {name}: {value} → {new}")
 
 
 def _check(config: Config) -> None:
@@ -344,6 +354,7 @@ def _check(config: Config) -> None:
         ("save-every", r.save_every, r.save_every is None or r.save_every >= 1, "at least 1 step"),
         ("save-minutes", r.save_minutes, r.save_minutes is None or r.save_minutes > 0, "more than 0 minutes"),
         ("time-limit", r.time_limit, r.time_limit is None or r.time_limit > 0, "more than 0 minutes"),
+        ("timeout", r.timeout, 0 < r.timeout < float("inf"), "more than 0 minutes"),
         ("check-replicas", r.check_replicas, r.check_replicas is None or r.check_replicas >= 1, "at least 1 step"),
         ("check-frozen", r.check_frozen, r.check_frozen is None or r.check_frozen >= 1, "at least 1 step"),
         ("keep", r.keep, r.keep >= 2, "at least 2: while one is written, the other must exist"),

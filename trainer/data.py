@@ -58,11 +58,15 @@ class Images:
         """What messages call the image, such as its path or `CIFAR10 train[17]`. Always printable."""
         return f"{type(self).__name__}[{index}]"
 
+    def key(self, index: int) -> str:
+        """The image's name for a machine: the same wherever the data lies."""
+        return self.name(index)
+
     def digest(self) -> str:
         """A sha256 of the classes, labels and file names: the same on machines that hold the same data."""
         sha256 = hashlib.sha256(repr((self.classes, self.labels)).encode())
         for index in range(len(self)):
-            sha256.update("/".join(self.name(index).split("/")[-2:]).encode() + b"\n")
+            sha256.update(self.key(index).encode() + b"\n")
         return sha256.hexdigest()[:16]
 
 
@@ -78,6 +82,9 @@ class Subset(Images):
 
     def name(self, index: int) -> str:
         return self.images.name(self.indices[index])
+
+    def key(self, index: int) -> str:
+        return self.images.key(self.indices[index])
 
 
 def load_data(
@@ -207,14 +214,20 @@ class FolderImages(Images):
         self.labels = [label for label, paths in enumerate(files.values()) for _ in paths]
 
     def path(self, index: int) -> str:
+        return os.path.join(self.root, self._below(index))
+
+    def _below(self, index: int) -> str:
         index = range(len(self))[index]  # negative ones, and IndexError
-        return os.path.join(self.root, os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]]))
+        return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]])
 
     def __getitem__(self, index: int) -> Tensor:
         return decode(self.path(index))
 
     def name(self, index: int) -> str:
         return printable(self.path(index))
+
+    def key(self, index: int) -> str:
+        return printable(self._below(index))
 
 
 def _load_folder(folder: str) -> tuple[Images, Images | None]:

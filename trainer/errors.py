@@ -4,6 +4,8 @@ Messages say what was given, what was expected and what to do. `train.py` prints
 a traceback; called from a notebook or a test they are ordinary `ValueError`s.
 """
 
+import errno
+import resource
 from collections.abc import Sequence
 
 
@@ -38,3 +40,23 @@ class NumericalError(ValueError):
     def __init__(self, message: str, *, step: int, samples: Sequence[int] = ()):
         super().__init__(message)
         self.step, self.samples = step, list(samples)
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of the program that an error ends: its own, 74 (`EX_IOERR`) for OSError, or 1."""
+    return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)
+
+
+def explained(error: Exception) -> Exception:
+    """What torch says of a data worker that died or hangs, as an OSError with what to do; other errors as they are."""
+    text = str(error).partition("\n")[0].strip()
+    if isinstance(error, RuntimeError) and text.startswith("DataLoader "):
+        return OSError(
+            f"loading images failed: {text.rstrip('.')}. A worker that is killed usually means that memory, or shared "
+            "memory (/dev/shm), is full: give fewer --workers. One that times out waits for a file that does not come: "
+            "see --timeout. With --workers 0 the process loads its images itself."
+        )
+    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        return OSError(error.errno, f"{error.strerror}: raise the limit of {most} (ulimit -n) or lower --workers")
+    return error

@@ -36,6 +36,7 @@ class Stream:
         normalize: uint8 → float, on the device.
         accelerator: for the device and the precision.
         workers: processes that load images; 0 loads in this one.
+        timeout: seconds to wait for one of them; 0 waits for ever.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Stream:
         normalize: nn.Module,
         accelerator: Accelerator,
         workers: int = 0,
+        timeout: float = 0.0,
     ):
-        self.loader = BatchLoader(dataset, workers=workers, pin_memory=accelerator.device.type == "cuda")
+        pin_memory = accelerator.device.type == "cuda"
+        self.loader = BatchLoader(dataset, workers=workers, pin_memory=pin_memory, timeout=timeout)
         self.trunk, self.normalize = trunk, normalize
         self.samples, self.accelerator = len(dataset), accelerator
 

@@ -43,7 +43,7 @@ class Logs:
         self._bar: tqdm | None = None
         self._broken = False
         if accelerator.is_main_process:
-            run.rewind_metrics(folder, step=step)
+            self._quietly(run.rewind_metrics, folder, step=step)
             # purge_step hides what a killed run logged after its last checkpoint: no point appears twice.
             tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1 if step else None)
             accelerator.log_with = [tracker]
@@ -67,7 +67,7 @@ class Logs:
         """Show progress, at most twice a second, and a point of the curves every few steps."""
         if not self.accelerator.is_main_process:
             return
-        self._bar.update()
+        self._quietly(self._bar.update)
         now = time.perf_counter()
         if not self._bar.disable and now - self._shown > 0.5:  # sums are a copy from the device: not every step
             shown = {name: f"{value:.4f}" for name, value in means(trainer.totals.sums()).items()}
@@ -89,7 +89,7 @@ class Logs:
         """
         if not self.accelerator.is_main_process:
             return
-        self._bar.close()
+        self._quietly(self._bar.close)
         train, val = trainer.metrics["train"], trainer.metrics["val"]
         seconds = time.perf_counter() - self._began
         rate = (trainer.samples - self._start) / seconds
@@ -97,7 +97,7 @@ class Logs:
         for title, values in (("train", train), ("val", val)):
             parts.append(" ".join([title, *(f"{name} {value:.4f}" for name, value in values.items())]))
         parts += [f"lr {trainer.rate:.2e}", f"{rate:,.0f} images/s", f"{seconds:.1f} s", *(["best"] if best else [])]
-        print("  ".join(parts), flush=True)
+        self._quietly(print, "  ".join(parts), flush=True)
         curves = {f"{part}/{name}": value for part in ("train", "val") for name, value in trainer.metrics[part].items()}
         self._track(trainer, curves | {"lr": trainer.rate, "images_per_second": rate})
         line = {"epoch": trainer.epoch, "step": trainer.step, "train": train, "val": val, "lr": trainer.rate}
@@ -117,8 +117,8 @@ class Logs:
         pixels = torch.stack([images[0, index]["image"] for index in some])
         labels = [images.labels[index] for index in some]
         picture = prediction_grid(pixels, labels, trainer.logits(source, some).cpu(), classes)
-        writer = self.accelerator.get_tracker("tensorboard", unwrap=True)
-        self._quietly(writer.add_image, "val/predictions", picture, trainer.step)
+        tracker = self.accelerator.get_tracker("tensorboard")
+        self._quietly(lambda: tracker.tracker.add_image("val/predictions", picture, trainer.step))
 
     def close(self) -> None:
         """Write out what is buffered."""
@@ -130,9 +130,11 @@ class Logs:
     def _quietly(self, function: Any, *args: Any, **kwargs: Any) -> None:
         try:
             function(*args, **kwargs)
-        except OSError as error:  # a full disk, a folder that is gone: the weights matter more than the curves
+        except Exception as error:  # a full disk, a folder or terminal that is gone, whatever a tracker raises
             if not self._broken:
-                log.warning("cannot write logs to %s, training goes on: %s", self.folder, error)
+                log.warning(
+                    "cannot write logs to %s, training goes on: %s: %s", self.folder, type(error).__name__, error
+                )
             self._broken = True
 
 

@@ -1,29 +1,36 @@
 """The processes of a run: start them, take turns, agree."""
 
 import atexit
+import multiprocessing
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
 from importlib.metadata import version
 from typing import NoReturn, TypeVar
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
-from trainer.errors import CheckpointError, NumericalError, UsageError
+from trainer.errors import CheckpointError, NumericalError, UsageError, exit_code
 from trainer.preemption import Preempted
+from trainer.watch import Elsewhere, Watch, explained
 
 T = TypeVar("T")
 
 
-def start(*, exact: bool = False) -> Accelerator:
+def start(*, exact: bool = False, timeout: float = 30.0) -> Accelerator:
     """The Accelerator of this process, with what `accelerate launch` (or nothing) chose: device, processes, precision.
 
     Args:
         exact: compute the same bits on any number of processes of one kind of machine: one CPU thread, and on GPUs
             deterministic algorithms, without TF32 (https://docs.pytorch.org/docs/stable/notes/randomness.html).
+        timeout: minutes that a process waits for the others, see `Watch`.
 
     Raises:
         UsageError: the launcher asked for something that would silently not happen.
@@ -46,18 +53,20 @@ def start(*, exact: bool = False) -> Accelerator:
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     again = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if again and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        _join_again(cpu=wants_cpu)
-    accelerator = Accelerator(cpu=cpu)
+        _join_again(cpu=wants_cpu, timeout=timedelta(minutes=timeout))
+    patience = InitProcessGroupKwargs(timeout=timedelta(minutes=timeout))
+    accelerator = Accelerator(cpu=cpu, kwargs_handlers=[patience])
     wanted = int(os.environ.get("WORLD_SIZE", "1"))
     if wanted != accelerator.num_processes:
         raise UsageError(
             f"the launcher started {wanted} processes, but each of them runs alone; "
             "use accelerate_configs/cpu_x2.yaml for processes on CPU, multi_gpu.yaml for GPUs."
         )
+    Watch(accelerator, timeout=60 * timeout)
     return accelerator
 
 
-def _join_again(*, cpu: bool) -> None:
+def _join_again(*, cpu: bool, timeout: timedelta) -> None:
     """The process group of a run that the launcher has started again (`--max_restarts`).
 
     The launcher keeps one store through all of its attempts, in which the processes would find the addresses of those
@@ -69,13 +78,14 @@ def _join_again(*, cpu: bool) -> None:
     store = group.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False)
     store = group.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     backend = "gloo" if cpu else group.get_default_backend_for_device(torch.accelerator.current_accelerator())
-    group.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+    group.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def say(*lines: str) -> None:
     """Print lines on the main process (any process before `start`): the console is one page, not eight."""
     if os.environ.get("RANK", "0") == "0":
-        print(*lines, sep="\n", flush=True)
+        with suppress(OSError):  # nobody listens any more: no reason to stop
+            print(*lines, sep="\n", flush=True)
 
 
 def cores_per_process(accelerator: Accelerator) -> int:
@@ -111,21 +121,13 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
             raise error
         return
     # Type and text, not the exception: not every exception can be pickled.
-    mine = None if error is None else (isinstance(error, ValueError), getattr(error, "exit_code", 1), str(error))
+    mine = None if error is None else (type(error).__name__, exit_code(error), str(error))
     found = gather_object([mine])
     if error is not None:
         raise error
     for rank, other in enumerate(found):
         if other is not None:
-            raise Elsewhere(f"process {rank} failed: {other[2]}", exit_code=other[1])
-
-
-class Elsewhere(RuntimeError):
-    """Another process failed, and said why; this one ends with the same exit code."""
-
-    def __init__(self, message: str, *, exit_code: int):
-        super().__init__(message)
-        self.exit_code = exit_code
+            raise Elsewhere(rank, *other)
 
 
 def from_main(accelerator: Accelerator, function: Callable[[], T]) -> T:
@@ -165,7 +167,13 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
     """
     code = 0
     try:
-        function(*arguments)
+        try:
+            function(*arguments)
+        except Exception as error:
+            error = explained(error)
+            if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, Elsewhere):
+                ErrorHandler().record_exception(error)  # the launcher prints it
+            raise error
     except (ValueError, OSError, Elsewhere, Preempted) as error:
         code = fail(error)
     except KeyboardInterrupt:  # before Preemption took note of signals
@@ -173,11 +181,18 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
     except Exception:
         code = 1
         traceback.print_exc()
+    if Watch.current is not None:
+        Watch.current.close()
+    if code:  # a data worker that hangs would be waited for, and one that dies now is no news
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()
     # Not by way of the interpreter's finalization: threads of torch.distributed that want the GIL then are unwound
     # through C++ code that cannot be, and abort the process, whatever its exit code was going to be.
     atexit._run_exitfuncs()  # ends data workers
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
     os._exit(code)
 
 
@@ -187,6 +202,6 @@ def fail(error: BaseException) -> int:
     Every process fails, one speaks: what another has said, and what all of a machine find, is not repeated.
     """
     shared = isinstance(error, Elsewhere | UsageError | CheckpointError | NumericalError)
-    if not shared or os.environ.get("LOCAL_RANK", "0") == "0":
+    if not shared or os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "orphans", False):
         print(f"error: {error}", file=sys.stderr, flush=True)
-    return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)
+    return exit_code(error)

@@ -5,23 +5,29 @@ runs/photos-resnet50/
     freeze_plan.json  the frozen parameters, by name; `train.py --freeze-plan` takes it
     weights_report.json   what became of the tensors of the weights file
     checkpoints/      step-00000120.pt ..., best.pt
+    lock              held by the process that works here: host, pid, start
+    status.json       how the run stands
+    error.json        what ended it, if it failed: rank, type, message, traceback
     metrics.jsonl     one line per epoch
     tensorboard/
 """
 
+import errno
 import json
+import logging
 import os
 import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from trainer import files
 from trainer.errors import CheckpointError, UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +38,8 @@ if TYPE_CHECKING:
 
 BEGAN = time.monotonic()  # seconds; about when the program started, as this is imported before torch
 _ROOT = Path("runs")
+
+log = logging.getLogger(__name__)
 
 
 def holds_run(folder: Path) -> bool:
@@ -76,19 +84,32 @@ class RunFolder:
         path: the folder.
         source: the checkpoint to continue from; None starts afresh.
         stale: what `begin` deletes: an overwritten run, or checkpoints of a future that will not happen.
+        damaged: what `begin` sets aside: newer checkpoints than `source` that cannot be used.
     """
 
     path: Path
     source: Path | None = None
     stale: list[Path] = field(default_factory=list)
+    damaged: list[Path] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._found = self._content()
 
     @property
     def checkpoints(self) -> Path:
         """Where the checkpoints are."""
         return self.path / "checkpoints"
 
+    def skipped(self) -> list[list[str]] | None:
+        """The images that the run to continue has left out; None for a new one."""
+        from trainer import checkpoint  # imports torch
+
+        return None if self.source is None else checkpoint.read(self.source)["data"].get("skipped", [[], []])
+
     def status(self, status: str, **values: Any) -> None:
         """Write `status.json`: how the run stands, for whoever started it (launchers flatten exit codes to 1).
+
+        A disk that fails is reported, and no more: what is to be said with it matters more.
 
         Args:
             status: "running", "completed", "preempted" or "failed".
@@ -96,42 +117,92 @@ class RunFolder:
         """
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
         text = json.dumps({"status": status, **values, "restarts": restarts}, indent=1)
-        _replace(self.path / "status.json", text + "\n")
+        try:
+            files.replace(self.path / "status.json", f"{text}\n".encode())
+        except OSError as error:
+            log.warning("cannot write status.json, which would say %s: %s", status, error)
 
     @contextmanager
-    def outcome(self, loop: "Trainer", guard: "Preemption", *, name_of: Callable[[int], str]) -> Iterator[None]:
+    def outcome(
+        self, loop: "Trainer", guard: "Preemption", *, name_of: Callable[[int], str], keep: int = 2
+    ) -> Iterator[None]:
         """Around the training: save when it is preempted, and write in `status.json` how it ended.
 
         Args:
             loop: what is trained.
             guard: armed here: from now on there is something to save.
             name_of: the name of a training image by its index.
+            keep: how many of the newest checkpoints stay.
+
+        Raises:
+            OSError: the last checkpoint could not be written.
         """
-        from trainer.preemption import Preempted  # imports torch
+        from trainer import watch  # imports torch, as the next one does
+        from trainer.preemption import Preempted
+
+        main, rank = loop.accelerator.is_main_process, loop.accelerator.process_index
 
         def status(word: str, **values: Any) -> None:
-            if loop.accelerator.is_main_process:
-                self.status(word, step=loop.step, epoch=loop.epoch, **values)
+            self.status(word, step=loop.step, epoch=loop.epoch, **values)
+
+        def failed(error: Exception) -> None:
+            cause = watch.details(error, rank)
+            speaks = main or getattr(error, "orphans", False)
+            if not self.path.is_dir():  # of another machine
+                return
+            if cause["rank"] == rank or (speaks and not (self.path / "error.json").exists()):
+                with suppress(OSError):
+                    files.replace(self.path / "error.json", json.dumps(cause, indent=1).encode())
+            if speaks:
+                names = {str(index): name_of(index) for index in getattr(error, "samples", [])}
+                reason = {"reason": f"{cause['type']}: {cause['message']}", **{k: cause[k] for k in list(cause)[:3]}}
+                status("failed", **reason, **({"samples": names} if names else {}))
 
         guard.armed = True
-        status("running")
+        if watch.Watch.current is not None:
+            watch.Watch.current.when_lost = failed
+        if main:
+            status("running")
         try:
-            yield
-        except Preempted as stop:
-            path = loop.save(self.checkpoints)
-            status("preempted", reason=str(stop), checkpoint=path.name)
-            raise
+            try:
+                yield
+                if not loop.saved:
+                    loop.save(self.checkpoints, keep=keep, final=True)
+            except Preempted as stop:
+                path = loop.save(self.checkpoints, keep=keep, final=True)
+                if main:
+                    status("preempted", reason=str(stop), checkpoint=path.name)
+                raise
         except Exception as error:
-            samples = getattr(error, "samples", [])
-            files = {str(index): name_of(index) for index in samples}
-            status("failed", reason=f"{type(error).__name__}: {error}", **({"samples": files} if files else {}))
-            raise
-        status("completed")
+            error = watch.explained(error)
+            failed(error)
+            raise error
+        if main:
+            status("completed")
+
+    def lock(self, *, create: bool = True) -> None:
+        """Make this process the only one that works here, until it ends.
+
+        Args:
+            create: without it, a folder in which nobody has worked yet stays as it is, and is not locked.
+
+        Raises:
+            UsageError: another one does; names its host and pid.
+        """
+        try:
+            other = files.lock(self.path / "lock", create=create)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            log.warning("%s: its file system has no locks: take care that no second run works here.", self.path)
+            return
+        if other:
+            raise UsageError(f"another run works in {self.path}: {other}. Wait for its end, or give another --output.")
 
     def begin(
         self, config: dict[str, Any], *, plan: "FreezePlan | None" = None, report: "Report | None" = None
     ) -> None:
-        """Delete what is stale, and write what the run is. Called when nothing can go wrong any more but the disk.
+        """Lock the folder, write what the run is, delete what is stale: when nothing can go wrong but the disk.
 
         Args:
             config: for `config.yaml`.
@@ -139,21 +210,35 @@ class RunFolder:
             report: for `weights_report.json`.
 
         Raises:
+            UsageError: another run works here, or has since this one looked for the checkpoint to start from.
             OSError: the folder cannot be written.
         """
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        _replace(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+        files.ops.make_folder(self.checkpoints)
+        self.lock()
+        if self._content() != self._found:
+            raise UsageError(f"another run has worked in {self.path} meanwhile; start again.")
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        files.replace(self.path / "config.yaml", text.encode())
         if plan is not None:
             plan.save(self.path / "freeze_plan.json", names=True)
         if report is not None:
-            _replace(self.path / "weights_report.json", json.dumps(report.to_dict(), indent=1) + "\n")
+            files.replace(self.path / "weights_report.json", json.dumps(report.to_dict(), indent=1).encode() + b"\n")
         else:
             (self.path / "weights_report.json").unlink(missing_ok=True)  # of an overwritten run
-        for path in self.stale:
+        files.replace(self.checkpoints / "probe", b"")
+        files.ops.remove(self.checkpoints / "probe")
+        for folder in (self.path, self.checkpoints):
+            files.sweep(folder)
+        for path in self.damaged:
+            files.ops.rename(path, path.with_name(f"{path.name}.damaged"))
+        for path in [*self.stale, self.path / "error.json"]:
             if path.is_dir():
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+
+    def _content(self) -> list[str]:
+        return sorted(path.name for path in self.checkpoints.glob("*.pt"))
 
 
 def _numbered(name: str) -> list[Path]:
@@ -187,26 +272,39 @@ def open_run(output: str | None, resume: str | None, name: str, *, overwrite: bo
         name: of the run, if `output` does not say.
 
     Raises:
-        UsageError: the folder holds another run, or newer checkpoints than the one to continue from.
+        UsageError: the folder holds another run, or newer checkpoints than the one to continue from, or is at work.
         CheckpointError: there are checkpoints and none can be used.
+        OSError: the folder cannot be written.
     """
+    folder = _open(output, resume, name, overwrite=overwrite)
+    folder.lock(create=False)
+    existing = next(path for path in (folder.path.absolute(), *folder.path.absolute().parents) if path.exists())
+    if not os.access(existing, os.W_OK):
+        raise OSError(errno.EACCES, f"{existing} cannot be written, so neither can the run's folder", str(folder.path))
+    return folder
+
+
+def _open(output: str | None, resume: str | None, name: str, *, overwrite: bool) -> RunFolder:
     from trainer import checkpoint  # imports torch, which the command line does not need
 
     if resume is None:
         return choose(output, name, overwrite=overwrite)
-    if resume == "auto":
-        folder = find(output, name)
-        return RunFolder(folder, checkpoint.newest(folder / "checkpoints"))
-    source = Path(resume) if Path(resume).is_file() else checkpoint.newest(Path(resume) / "checkpoints")
+    named = resume != "auto" and Path(resume).is_file()
+    folder = find(output, name) if resume == "auto" else Path(resume)
+    source = folder if named else checkpoint.newest(folder / "checkpoints")
     if source is None:
+        if resume == "auto":
+            return RunFolder(folder)
         raise UsageError(f"--resume {resume}: that run has no checkpoint yet; start it anew with --overwrite.")
     home = source.absolute().parent.parent
     if source.parent.name != "checkpoints" or not holds_run(home):
         home = None
     if home is None or (output is not None and Path(output).absolute() != home):
         return replace(choose(output, name, overwrite=overwrite), source=source)
-    # Continuing in place from an older checkpoint: what was trained after it belongs to another future.
     later = checkpoint.later_than(home / "checkpoints", checkpoint.read(source)["step"])
+    if not named:
+        return RunFolder(folder, source, damaged=later)  # or one of them would be the source
+    # Continuing in place from an older checkpoint: what was trained after it belongs to another future.
     if later and not overwrite:
         raise UsageError(
             f"{home} has newer checkpoints than {source.name}, such as {later[-1].name}. Delete them with --overwrite, "
@@ -235,8 +333,11 @@ def stored_config(resume: str, output: str | None, name: str) -> dict[str, Any]:
             return {}
         raise UsageError(f"--resume {resume} is neither a checkpoint nor the folder of a run: it has no config.yaml.")
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("it holds no settings")
+        return settings
+    except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
@@ -252,10 +353,4 @@ def rewind_metrics(folder: Path, *, step: int) -> None:
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        _replace(path, "".join(kept))
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+        files.replace(path, "".join(kept).encode())

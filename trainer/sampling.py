@@ -185,9 +185,10 @@ class BatchLoader:
         dataset: takes `(epoch, index)` requests, gives dicts of tensors and integers.
         workers: worker processes; 0 loads in this one. Any number gives the same bytes.
         pin_memory: put batches in page-locked memory (faster copies to a GPU).
+        timeout: seconds to wait for a worker's batch before it is an error; 0 waits for ever.
     """
 
-    def __init__(self, dataset: Dataset, *, workers: int = 0, pin_memory: bool = False):
+    def __init__(self, dataset: Dataset, *, workers: int = 0, pin_memory: bool = False, timeout: float = 0.0):
         self.dataset = dataset
         self._batches: list[list[Request]] = []  # what the workers are asked for next
         self._loader = DataLoader(
@@ -197,6 +198,7 @@ class BatchLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
+            timeout=timeout if workers > 0 else 0,
             generator=torch.Generator(),  # else every iterator draws a number from torch's global generator
         )
 
@@ -204,28 +206,28 @@ class BatchLoader:
         """Yield one dict per batch: "image" uint8 `[B, 3, S, S]`, "label" int64 `[B]`, "index" int64 `[B]`.
 
         Raises:
-            DataError: an image cannot be read; names it.
+            DataError: an image cannot be read; names it. OSError: the machine cannot read it.
         """
         self._batches[:] = batches
         for batch in self._loader:
-            if isinstance(batch, DataError):
+            if isinstance(batch, Exception):
                 raise batch
             yield batch
 
 
 class _Reporting(Dataset):
-    """Gives a `DataError` instead of raising it: a DataLoader would wrap a worker's traceback around the message."""
+    """Gives an error instead of raising it: a DataLoader would wrap a worker's traceback around the message."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
-    def __getitem__(self, request: Request) -> dict[str, torch.Tensor | int] | DataError:
+    def __getitem__(self, request: Request) -> dict[str, torch.Tensor | int] | Exception:
         try:
             return self.dataset[request]
-        except DataError as error:
+        except (DataError, OSError) as error:
             return error
 
 
-def _collate(samples: list) -> dict[str, torch.Tensor] | DataError:
-    errors = (sample for sample in samples if isinstance(sample, DataError))
+def _collate(samples: list) -> dict[str, torch.Tensor] | Exception:
+    errors = (sample for sample in samples if isinstance(sample, Exception))
     return next(errors, None) or default_collate(samples)

@@ -10,6 +10,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -49,13 +50,14 @@ class Trainer:
         clip_norm: largest 2-norm of the gradient of a window; None clips nothing.
         seed: of the sample order and of the randomness in a step.
         exact: sum the gradients of micro-batches in one order on any number of processes (see `_reduce_in_order`).
-        about: entries that go into checkpoints as they are: "freeze_plan", "classes", "base", "config".
+        about: entries that go into checkpoints as they are: "freeze_plan", "classes", "data", ...
 
     Attributes:
         epoch: finished epochs. step: optimizer steps. samples: training samples used, over all processes.
         rate: learning rate of the last step.
         totals: of this process in the epoch under way.
         metrics: {"train": ..., "val": ..., "best": ...} as of the last finished epoch.
+        saved: whether the last save succeeded.
 
     Raises:
         UsageError: `exact`, and a BatchNorm that trains.
@@ -82,12 +84,13 @@ class Trainer:
         self.tail, self.optimizer = accelerator.prepare(tail, optimizer)
         self.plan, self.lr, self.epochs, self.seed = plan, lr, epochs, seed
         self.step_function, self.clip_norm, self.exact = step or classification(), clip_norm, exact
-        self.about, self.fingerprint = about, fingerprint(model)
+        self.about, self.fingerprint = {"data": {}, **about}, fingerprint(model)
         self.trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.epoch = self.step = self.samples = self.skipped_samples = 0
         self.rate = 0.0
         self.totals = Totals(accelerator.device)
         self.metrics: dict[str, dict[str, float]] = {}
+        self.saved, self._saver = True, checkpoint.Saver()
         self._outputs_checked = self._epoch_trained = self._settled = False
         self._skipped_in_a_row = 0
         self._scaler_state: dict[str, Any] | None = None  # carried through a part of the run without a scaler
@@ -314,30 +317,26 @@ class Trainer:
             **self.about,
         }
 
-    def save(self, folder: Path, *, best: bool = False, keep: int = 2) -> Path:
-        """Write a checkpoint of this moment, by the main process (a collective).
+    def save(self, folder: Path, *, best: bool = False, keep: int = 2, final: bool = False) -> Path | None:
+        """Write a checkpoint of this moment, by the main process (a collective); see `checkpoint.Saver`.
 
         Args:
             folder: where the run's checkpoints live; created if missing.
-            best: also copy it to `best.pt`.
-            keep: how many of the newest stay.
+            best: also write it to `best.pt`.
+            keep: how many of the newest stay, at least 2.
+            final: there will be no next save: a failure is an error.
+
+        Returns:
+            The file; None if it could not be written.
 
         Raises:
-            OSError: the file could not be written; older checkpoints are untouched.
+            OSError: it could not be written, the third time in a row; older checkpoints are untouched.
         """
-
         state = self.state()
-
-        def write() -> Path:
-            folder.mkdir(parents=True, exist_ok=True)
-            path = checkpoint.path_of(folder, self.step)
-            checkpoint.write(path, state)
-            if best:
-                checkpoint.copy(path, folder / "best.pt")
-            checkpoint.prune(folder, keep=keep)
-            return path
-
-        return from_main(self.accelerator, write)
+        save = partial(self._saver.save, folder, state, best=best, keep=keep, final=final)
+        path = from_main(self.accelerator, save)
+        self.saved = path is not None
+        return path
 
     def load(self, path: Path) -> None:
         """Continue from a checkpoint: tail, optimizer, scaler, counters (a collective: the main process reads).
@@ -347,15 +346,15 @@ class Trainer:
                 what was expected and what was found. The model is then unchanged.
         """
         state = from_main(self.accelerator, lambda: checkpoint.read(path))
-        for name in ("classes", "freeze_plan"):
-            if state[name] != self.about[name]:
-                raise CheckpointError(f"{path} has other {name}: {state[name]}; this run has {self.about[name]}.")
-        check_fingerprint(self.fingerprint, state["fingerprint"])
         if state["training_samples"] != self.plan.samples:
             raise CheckpointError(
                 f"{path} was trained on {state['training_samples']:,} images; this training set has "
                 f"{self.plan.samples:,}. Continue with the data it was trained on."
             )
+        for name in ("classes", "freeze_plan", "data"):
+            if state[name] != self.about[name]:
+                raise CheckpointError(f"{path} has other {name}: {state[name]}; this run has {self.about[name]}.")
+        check_fingerprint(self.fingerprint, state["fingerprint"])
         live, optimizer = trained_tensors(self.model), self.optimizer.optimizer
         checkpoint.check_tensors(state["model"], live)
         optimizer.load_state_dict(checkpoint.positional_state(state["optimizer"], optimizer, self.model))

@@ -20,6 +20,7 @@ import socket
 import sys
 import tempfile
 import urllib.error
+import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +32,8 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
-from trainer import checkpoint, rules
+from trainer import rules
+from trainer.archive import check_members
 from trainer.errors import DataError, UsageError
 from trainer.freezing import children
 
@@ -391,9 +393,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             state = safetensors.torch.load_file(path)
         else:
+            if zipfile.is_zipfile(path):
+                with zipfile.ZipFile(path) as members:
+                    check_members(members.infolist(), path.stat().st_size)
             # torchvision's training scripts save their arguments beside the model: a Namespace, which is plain data.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                state = checkpoint.unpack(path)
+                state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files raise nearly anything
         # Of torch's answer only the first sentence: the next ones advise to load the file with weights_only=False.
         code = re.search(r"GLOBAL (\S+)", str(error))

@@ -1,0 +1,105 @@
+import errno
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from save_points import OPERATIONS, Watched, state
+
+from trainer import checkpoint, files
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    ops = Watched()
+    monkeypatch.setattr(files, "ops", ops)
+    return ops
+
+
+def test_a_save_is_written_synced_renamed_synced_read_back_and_only_then_are_old_ones_deleted(tmp_path, watched):
+    for step in (10, 20, 30):
+        watched.log.clear()
+        checkpoint.save(tmp_path, state(step), best=state(step))
+    temporary = [name for operation, name in watched.log if operation == "create"]
+    whole = [("make_folder", tmp_path.name)]
+    for name, final in zip(temporary, ("best.pt", "step-00000030.pt"), strict=True):
+        assert name.startswith(f".tmp-{final}-")
+        whole += [("create", name), ("write", name), ("sync", name), ("rename", name)]
+        whole += [("sync_folder", tmp_path.name), ("read", final)]
+    assert watched.log == [*whole, ("remove", "step-00000010.pt")]
+    assert {operation for operation, _ in watched.log} == set(OPERATIONS), "every operation is one of the save's"
+
+
+def test_killed_after_any_operation_a_save_leaves_what_verifies_and_no_rubbish(tmp_path):
+    script = [sys.executable, str(ROOT / "tests" / "save_points.py"), str(tmp_path)]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert len(done.stdout.splitlines()) == 15, done.stdout + done.stderr
+    assert [line for line in done.stdout.splitlines() if not line.startswith("ok ")] == []
+
+
+@pytest.mark.parametrize("number", range(1, 14))
+def test_a_disk_that_fails_at_any_operation_leaves_the_old_checkpoints_whole(tmp_path, watched, number):
+    for step in (10, 20):
+        checkpoint.save(tmp_path, state(step))
+    before = {path.name: path.read_bytes() for path in checkpoint.steps(tmp_path)}
+    watched.log.clear()
+
+    failures = []
+
+    def fail(count):
+        if count == number and not failures:
+            failures.append(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+            raise failures[0]
+
+    watched.first = fail
+    with pytest.raises(OSError, match="No space left") as caught:
+        checkpoint.save(tmp_path, state(30), best=state(30))
+    assert caught.value.errno == errno.ENOSPC
+    assert {path.name: path.read_bytes() for path in checkpoint.steps(tmp_path) if path.name in before} == before
+    assert [name for name in os.listdir(tmp_path) if name.startswith(".tmp-")] == []
+    for path in tmp_path.iterdir():
+        checkpoint.verify(path)
+
+
+def test_what_reads_back_other_than_it_was_written_does_not_count_as_saved(tmp_path, monkeypatch):
+    class Forgetful(files.Ops):
+        def read(self, path):
+            return super().read(path)[:-1] + b"\0"
+
+    for step in (10, 20):
+        checkpoint.save(tmp_path, state(step))
+    monkeypatch.setattr(files, "ops", Forgetful())
+    with pytest.raises(OSError, match="reads back other than it was written") as caught:
+        checkpoint.save(tmp_path, state(30))
+    assert caught.value.errno == errno.EIO
+    assert sorted(os.listdir(tmp_path)) == ["step-00000010.pt", "step-00000020.pt"]
+
+
+def test_a_limit_on_the_size_of_files_is_an_error_with_its_number(tmp_path):
+    files.replace(tmp_path / "a", b"old")
+    script = "import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "
+    script += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); from pathlib import Path; from trainer import files\n"
+    script += f"try: files.replace(Path({str(tmp_path / 'a')!r}), bytes(2000))\n"
+    script += "except OSError as error: print(error.errno)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout == f"{errno.EFBIG}\n", done.stderr
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a": b"old"}
+
+
+def test_temporary_files_of_the_dead_are_swept_away_and_those_of_the_living_stay(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    living = os.getppid()
+    names = {
+        f".tmp-step-00000011.pt-{dead.pid}-17": False,
+        f".tmp-step-00000012.pt-{living}-{files._began(living)}": True,
+        f".tmp-step-00000013.pt-{living}-17": False,  # its number belongs to another process now
+        f".tmp-step-00000014.pt-{os.getpid()}-{files._began(os.getpid())}": False,  # no save of ours is under way
+        ".tmp-status.json-no number-17": False,
+        "mine.tmp": True,
+    }
+    for name in names:
+        (tmp_path / name).write_bytes(b"half")
+    files.sweep(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == sorted(name for name, stays in names.items() if stays)

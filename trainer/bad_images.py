@@ -1,0 +1,98 @@
+"""Images that cannot be read: found before the first step, and reported together or left out."""
+
+import logging
+from collections.abc import Sequence
+
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch.utils.data import DataLoader, Dataset
+
+from trainer.data import Images, Subset
+from trainer.errors import DataError
+from trainer.processes import raise_together
+
+log = logging.getLogger(__name__)
+
+
+def check_images(
+    accelerator: Accelerator,
+    parts: Sequence[Images],
+    *,
+    check: bool,
+    skip: bool,
+    known: list[list[str]] | None = None,
+    workers: int = 0,
+    timeout: float = 0.0,
+) -> tuple[list[Images], list[list[str]]]:
+    """The images of each part that can be read, and the keys of those left out (a collective).
+
+    Args:
+        parts: such as the training and the validation images.
+        check: decode every image once, each process its share; otherwise all is taken as it is.
+        skip: check, and leave out what cannot be read: the same on every process.
+        known: what a run that is continued has left out: left out again, without a check; None for a new run.
+        workers: processes that decode, per training process.
+        timeout: seconds without an image after which a worker is given up; 0 for none.
+
+    Raises:
+        DataError: on every process; names every image that cannot be read, and why; or nothing is left of a class.
+    """
+    if known is None:
+        known = [[] for _ in parts]
+        if check or skip:
+            for part, index, reason in _unreadable(accelerator, parts, skip=skip, workers=workers, timeout=timeout):
+                if accelerator.is_main_process:
+                    log.warning("skipped: %s", reason)
+                known[part].append(parts[part].key(index))
+    return [_without(images, keys) for images, keys in zip(parts, known, strict=True)], known
+
+
+def _unreadable(
+    accelerator: Accelerator, parts: Sequence[Images], *, skip: bool, workers: int, timeout: float
+) -> list[tuple[int, int, str]]:
+    """Part, index and reason of each image that cannot be read, the same on every process."""
+    error, mine = None, []
+    try:
+        for part, images in enumerate(parts):
+            share = range(accelerator.process_index, len(images), accelerator.num_processes)
+            options = {"num_workers": workers, "timeout": timeout if workers else 0}
+            loader = DataLoader(_Attempts(images), sampler=share, batch_size=32, collate_fn=list, **options)
+            reasons = [reason for batch in loader for reason in batch]
+            mine += [(part, index, reason) for index, reason in zip(share, reasons, strict=True) if reason]
+    except Exception as exception:
+        error = exception
+    raise_together(accelerator, error)
+    found = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine)
+    if found and not skip:
+        listed = "\n  ".join(reason for _, _, reason in found)
+        raise DataError(
+            f"{len(found)} images cannot be read:\n  {listed}\n"
+            "Repair or remove them, or leave them out with --bad-images skip."
+        )
+    return found
+
+
+def _without(images: Images, keys: list[str]) -> Images:
+    if not keys:
+        return images
+    left = [index for index in range(len(images)) if images.key(index) not in set(keys)]
+    if len(left) + len(keys) != len(images):
+        raise DataError(f"the run left out images that are not here: {', '.join(keys[:8])}. Continue with its data.")
+    rest = Subset(images, left)
+    if empty := set(images.labels) - set(rest.labels):
+        raise DataError(f"no image can be read of {', '.join(images.classes[label] for label in sorted(empty))}")
+    return rest
+
+
+class _Attempts(Dataset):
+    """Why an image cannot be read; None if it can be."""
+
+    def __init__(self, images: Images):
+        self.images = images
+
+    def __getitem__(self, index: int) -> str | None:
+        try:
+            self.images[index]
+        except DataError as error:
+            return str(error)
+        return None

@@ -1,0 +1,174 @@
+"""Notice that another process of the run failed, was killed or was stopped, wherever this one waits meanwhile.
+
+Each process has a thread that gives a sign of life every second, in the key-value store that the launcher keeps for all
+of them, and looks at those of the others. A process that fails leaves the reason there. So those that wait for it in a
+collective learn whom they wait for, and all end together, even where the collective itself never would.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+from accelerate import Accelerator
+
+from trainer import errors
+
+_BEAT = 1.0  # seconds
+_GRACE = 8.0  # seconds that a process has to end by itself once another one has failed
+# What a collective says when another process is gone: second hand, so the reason is looked for elsewhere.
+_SECOND_HAND = re.compile(r"gloo|nccl|connection|timed out|peer|socket|store", re.IGNORECASE)
+
+
+class Elsewhere(RuntimeError):
+    """Another process failed, and said why, or is lost; this one ends with the same exit code.
+
+    Attributes:
+        rank, kind, exit_code, reason: of the process that failed; its exception's type and text. "Lost" is the kind of
+            one that was killed or stopped.
+    """
+
+    def __init__(self, rank: int, kind: str, exit_code: int, reason: str):
+        super().__init__(f"process {rank} failed: {reason}")
+        self.rank, self.kind, self.exit_code, self.reason = rank, kind, exit_code, reason
+
+    @property
+    def orphans(self) -> bool:
+        """Whether the main process is lost, which speaks and writes for all others."""
+        return (self.rank, self.kind) == (0, "Lost")
+
+
+class Watch:
+    """Watches over the processes of a run from here on (a collective); does nothing where there is only one.
+
+    Args:
+        accelerator: of the run.
+        timeout: seconds without a sign of life after which a process counts as lost.
+    """
+
+    current: "Watch | None" = None  # as with signals, there is one in a process
+
+    def __init__(self, accelerator: Accelerator, *, timeout: float):
+        self.rank, self.ranks, self.timeout = accelerator.process_index, accelerator.num_processes, timeout
+        self.when_lost: Callable[[Elsewhere], None] = lambda failure: None  # called before this process is ended
+        self._over = threading.Event()
+        if self.ranks == 1:
+            return
+        Watch.current = self
+        # A connection of its own: the default store's is taken as long as the main thread waits for something.
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
+        self._store = torch.distributed.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        self._count, self._quiet, self._seen = 0, [0.0] * self.ranks, [b""] * self.ranks
+        self._sign()
+        accelerator.wait_for_everyone()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _sign(self, word: str = "") -> None:
+        self._count += 1
+        life = {"host": socket.gethostname(), "pid": os.getpid(), "count": self._count, "word": word}
+        self._store.set(str(self.rank), json.dumps(life))
+
+    def _watch(self) -> None:
+        with suppress(RuntimeError):  # the store is gone: so is the launcher, whose end the processes notice otherwise
+            looked = time.monotonic()
+            while not self._over.wait(_BEAT):
+                self._sign()
+                # Not more than twice the interval: a job that was suspended as a whole has lost nobody.
+                passed, looked = min(time.monotonic() - looked, 2 * _BEAT), time.monotonic()
+                if failure := self._look(passed):
+                    if not self._over.wait(_GRACE):
+                        self.when_lost(failure)
+                        self._end(failure)
+                    return
+
+    def _look(self, passed: float) -> Elsewhere | None:
+        """Whether any process has failed, or is lost after another `passed` seconds."""
+        for rank, life in enumerate(self._store.multi_get([str(rank) for rank in range(self.ranks)])):
+            self._quiet[rank] = 0.0 if life != self._seen[rank] else self._quiet[rank] + passed
+            self._seen[rank] = life
+            if rank != self.rank and not json.loads(life)["word"]:
+                if not self._exists(rank):
+                    self._post(rank, "Lost", 1, "it was killed, or ended without a word")
+                elif self._quiet[rank] > self.timeout:
+                    self._post(rank, "Lost", 1, f"no sign of life for {self.timeout:g} s: stopped, or out of reach")
+        return self._posted()
+
+    def _exists(self, rank: int) -> bool:
+        """Whether a process is there; those of other machines are believed to be."""
+        life = json.loads(self._seen[rank])
+        if life["host"] == socket.gethostname():
+            try:
+                os.kill(life["pid"], 0)
+            except ProcessLookupError:
+                return False
+        return True
+
+    def _post(self, rank: int, kind: str, exit_code: int, reason: str) -> None:
+        """Say why the run ends; the first reason stays."""
+        self._store.compare_set("failure", "", json.dumps([rank, kind, exit_code, reason]))
+
+    def _posted(self) -> Elsewhere | None:
+        return Elsewhere(*json.loads(self._store.get("failure"))) if self._store.check(["failure"]) else None
+
+    def _end(self, failure: Elsewhere) -> None:
+        if self.rank == 0 or failure.orphans:
+            print(f"error: {failure}", file=sys.stderr, flush=True)
+        self._kill_lost(failure)
+        os._exit(failure.exit_code)
+
+    def _kill_lost(self, failure: Elsewhere) -> None:
+        """End a process that is stopped, if it is on this machine: the launcher would wait half a minute for it."""
+        life = json.loads(self._seen[failure.rank] or "{}")
+        if failure.kind == "Lost" and life.get("host") == socket.gethostname():
+            with suppress(ProcessLookupError):
+                os.kill(life["pid"], signal.SIGKILL)
+
+    def explain(self, error: Exception) -> Exception:
+        """The error that the run ends with: this one, or, where it only echoes another process's end, that."""
+        if isinstance(error, Elsewhere):
+            return error
+        if isinstance(error, RuntimeError) and _SECOND_HAND.search(str(error)):
+            for _ in range(50):  # the other one may be about to say why, or not yet be missed
+                if failure := self._posted():
+                    break
+                silent = [rank for rank in range(self.ranks) if self._quiet[rank] > 3 * _BEAT and rank != self.rank]
+                if silent:
+                    self._post(silent[0], "Lost", 1, "no sign of life: it was killed or stopped, or is out of reach")
+                time.sleep(0.1)
+            if failure and failure.rank != self.rank:
+                self._kill_lost(failure)
+                return failure
+        self._post(self.rank, type(error).__name__, errors.exit_code(error), str(error))
+        return error
+
+    def close(self) -> None:
+        """This process is about to end, and has said all it has to say."""
+        self._over.set()
+        with suppress(RuntimeError):
+            self._sign("end")
+
+
+def explained(error: Exception) -> Exception:
+    """`Watch.explain` and `errors.explained`: what the run ends with, on this process."""
+    error = errors.explained(error)
+    if Watch.current is not None:
+        with suppress(RuntimeError):  # the store is gone
+            return Watch.current.explain(error)
+    return error
+
+
+def details(error: Exception, rank: int) -> dict[str, str | int]:
+    """Rank, type, message and traceback of what a run ends with, for a file."""
+    trace = "".join(traceback.format_exception(error))
+    if isinstance(error, Elsewhere):
+        return {"rank": error.rank, "type": error.kind, "message": error.reason, "traceback": trace}
+    return {"rank": rank, "type": type(error).__name__, "message": str(error), "traceback": trace}
