@@ -17,7 +17,13 @@ def watched(monkeypatch):
     return ops
 
 
-def test_a_save_is_written_synced_renamed_synced_read_back_and_only_then_are_old_ones_deleted(tmp_path, watched):
+def test_a_save_is_written_synced_renamed_synced_read_back_and_only_then_are_old_ones_deleted(
+    tmp_path, watched, monkeypatch
+):
+    synced, fsync = [], os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_size) or fsync(descriptor)
+    )
     for step in (10, 20, 30):
         watched.log.clear()
         checkpoint.save(tmp_path, state(step), best=state(step))
@@ -28,6 +34,8 @@ def test_a_save_is_written_synced_renamed_synced_read_back_and_only_then_are_old
         whole += [("create", name), ("write", name), ("sync", name), ("rename", name)]
         whole += [("sync_folder", tmp_path.name), ("read", final)]
     assert watched.log == [*whole, ("remove", "step-00000010.pt")]
+    size = (tmp_path / "best.pt").stat().st_size
+    assert [found == size for found in synced] == [True, False] * 6, "the whole file, then its folder"
     assert {operation for operation, _ in watched.log} == set(OPERATIONS), "every operation is one of the save's"
 
 

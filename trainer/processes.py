@@ -181,15 +181,13 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
     except Exception:
         code = 1
         traceback.print_exc()
-    if Watch.current is not None:
-        Watch.current.close()
     if code:  # a data worker that hangs would be waited for, and one that dies now is no news
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
     # Not by way of the interpreter's finalization: threads of torch.distributed that want the GIL then are unwound
     # through C++ code that cannot be, and abort the process, whatever its exit code was going to be.
-    atexit._run_exitfuncs()  # ends data workers
+    atexit._run_exitfuncs()  # ends data workers, and the watch
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
             stream.flush()

@@ -351,10 +351,12 @@ class Trainer:
                 f"{path} was trained on {state['training_samples']:,} images; this training set has "
                 f"{self.plan.samples:,}. Continue with the data it was trained on."
             )
-        for name in ("classes", "freeze_plan", "data"):
+        for name in ("classes", "freeze_plan"):
             if state[name] != self.about[name]:
                 raise CheckpointError(f"{path} has other {name}: {state[name]}; this run has {self.about[name]}.")
         check_fingerprint(self.fingerprint, state["fingerprint"])
+        if state["data"] != self.about["data"]:
+            raise CheckpointError(f"{path} has other data: {state['data']}; this run has {self.about['data']}.")
         live, optimizer = trained_tensors(self.model), self.optimizer.optimizer
         checkpoint.check_tensors(state["model"], live)
         optimizer.load_state_dict(checkpoint.positional_state(state["optimizer"], optimizer, self.model))

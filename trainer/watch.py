@@ -5,6 +5,7 @@ of them, and looks at those of the others. A process that fails leaves the reaso
 collective learn whom they wait for, and all end together, even where the collective itself never would.
 """
 
+import atexit
 import json
 import os
 import re
@@ -71,6 +72,7 @@ class Watch:
         self._sign()
         accelerator.wait_for_everyone()
         threading.Thread(target=self._watch, daemon=True).start()
+        atexit.register(self.close)  # else the end of this process would look like a loss to the others
 
     def _sign(self, word: str = "") -> None:
         self._count += 1
@@ -151,7 +153,7 @@ class Watch:
         return error
 
     def close(self) -> None:
-        """This process is about to end, and has said all it has to say."""
+        """This process is about to end, and has said what it had to say."""
         self._over.set()
         with suppress(RuntimeError):
             self._sign("end")
