@@ -32,14 +32,7 @@ def main(config: Config) -> None:
     check = partial(trainer.check_images, check=data.check_data, skip=data.bad_images == "skip", **loading)
     known = trainer.from_main(accelerator, folder.skipped)
     (train_images, val_images), skipped = check(accelerator, (train_images, val_images), known=known)
-    match = trainer.Match(
-        by=model.weights_match,
-        rename=model.weights_rename,
-        first=model.weights_first,
-        only=model.weights_only,
-        but=model.weights_except,
-        coverage=model.weights_coverage,
-    )
+    match = trainer.Match(**model.matching())
     build = partial(trainer.build_model, model.name, len(classes), weights=model.weights, match=match)
     backbone = trainer.in_turn(accelerator, partial(build, image_size=data.image_size, seed=run.seed))
     network, spec = backbone.model.to(accelerator.device), backbone.input
@@ -60,7 +53,9 @@ def main(config: Config) -> None:
     if any(skipped):
         say(f"        {sum(map(len, skipped))} images that cannot be read are left out")
     say(f"model   {model.name} at {spec.size} px, {backbone.origin}")
-    say(f"train   {freeze_plan}", f"split   {parts}", f"batch   {plan}", f"run     {folder.path}")
+    say(f"train   {freeze_plan}", f"split   {parts}", f"batch   {plan}")
+    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    say(f"run     {folder.path}, on {accelerator.device.type} in {precision}")
     trainer.agree(accelerator, data=train_images.digest, validation=val_images.digest)
 
     loop = trainer.Trainer(
@@ -90,13 +85,16 @@ def main(config: Config) -> None:
         say(f"resume  {folder.source}: epoch {loop.epoch} of {optim.epochs} done, step {loop.step}")
 
     def done() -> bool:
-        unbeaten = loop.epoch - loop.metrics["best"]["epoch"] if loop.epoch else 0
+        unbeaten = loop.epoch - loop.metrics.get("best", {}).get("epoch", loop.epoch)
         return loop.epoch >= optim.epochs or (optim.patience is not None and unbeaten >= optim.patience)
 
     if done():
         say("finished already: nothing to train. Give more --epochs or --patience, or a new --output.")
         return
-    trainer.from_main(accelerator, partial(folder.begin, to_dict(config), plan=freeze_plan, report=backbone.report))
+    begin = partial(
+        folder.begin, to_dict(config), plan=freeze_plan, report=backbone.report, best=loop.metrics.get("best")
+    )
+    loop.metrics |= {"best": trainer.from_main(accelerator, begin)}
 
     # Features. The trunk's output is a function of the image alone: what is not augmented goes through it once.
     through = partial(trainer.Stream, trunk=parts.trunk, normalize=normalize, accelerator=accelerator, **loading)
@@ -121,7 +119,7 @@ def main(config: Config) -> None:
             logs.start_epoch(loop)
             train_means = loop.train_epoch(train, after_step=after_step)
             val_means = loop.evaluate(val, between=guard.check)
-            best = val_means["accuracy"] > loop.metrics.get("best", {"accuracy": -1.0})["accuracy"]
+            best = val_means["accuracy"] > loop.metrics["best"].get("accuracy", -1.0)
             top = {**val_means, "epoch": loop.epoch + 1} if best else loop.metrics["best"]
             loop.finish_epoch(train=train_means, val=val_means, best=top)
             logs.end_epoch(loop, best=best)

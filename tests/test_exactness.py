@@ -169,7 +169,7 @@ SMALL = ["--model", "resnet18", "--weights", "none", "--image-size", "32", "--ba
 LONG = [*SMALL, "--epochs", "100000", "--output", "run"]  # nobody waits for the end of it
 
 
-def _start(folder: Path, photos: Path, *, launcher: int = 0):
+def _start(folder: Path, photos: Path, *options: str, launcher: int = 0, start_new_session: bool = False):
     """train.py, alone or as so many processes of a launcher, after its first epoch."""
     command = [sys.executable]
     if launcher:
@@ -177,9 +177,10 @@ def _start(folder: Path, photos: Path, *, launcher: int = 0):
         command += ["-m", "accelerate.commands.launch"]
         command += ["--config_file", str(ROOT / "accelerate_configs" / f"{name}.yaml")]
     process = subprocess.Popen(
-        [*command, str(TRAIN), "--data", str(photos), *LONG],
+        [*command, str(TRAIN), "--data", str(photos), *LONG, *options],
         cwd=folder,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=start_new_session,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -218,6 +219,15 @@ def test_a_launcher_that_dies_takes_the_program_with_it_in_good_order(photos, tm
     process = _start(tmp_path, photos, launcher=processes)
     process.send_signal(signal.Signals[f"SIG{kill}"])
     process.communicate(timeout=10)  # the pipes close when the program, which has them from the launcher, is gone
+    _check_preempted(tmp_path, "SIGTERM")
+
+
+def test_data_workers_outlast_a_signal_to_the_whole_group(photos, tmp_path):
+    """As a batch system sends it, or the launcher of several processes."""
+    process = _start(tmp_path, photos, "--workers", "2", "--augment", "flip", start_new_session=True)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 75, stderr
     _check_preempted(tmp_path, "SIGTERM")
 
 

@@ -165,6 +165,21 @@ def test_a_run_that_does_not_get_better_stops_early_and_stays_stopped(photos, tm
     assert "finished already" in again.stdout
 
 
+def test_the_best_checkpoint_goes_with_the_run(four_epochs, tmp_path):
+    """Continued elsewhere it is copied; continued from before the best epoch, another one is the best."""
+    first, *_, last = checkpoint.steps(four_epochs / "checkpoints")
+    before = four_epochs / "checkpoints" / "best.pt"
+    assert checkpoint.read(before)["epoch"] > 1
+    for source, kept in ((last, True), (first, False)):
+        run = tmp_path / source.stem
+        done = train("--resume", source, "--output", run, "--epochs", "5", "--lr", "1e-12", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        state = checkpoint.read(run / "checkpoints" / "best.pt")
+        assert state["epoch"] == checkpoint.read(checkpoint.newest(run / "checkpoints"))["metrics"]["best"]["epoch"]
+        assert (before.read_bytes() == (run / "checkpoints" / "best.pt").read_bytes()) == kept
+        assert f"done: best validation accuracy {state['metrics']['val']['accuracy']:.2%}" in done.stdout
+
+
 def test_config_yaml_repeats_the_run(four_epochs, tmp_path):
     done = train("--config", four_epochs / "config.yaml", "--epochs", "1", "--output", tmp_path / "again", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 from trainer.data import Images, Subset
 from trainer.errors import DataError
 from trainer.processes import raise_together
+from trainer.sampling import outlast_signals
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def _unreadable(
     try:
         for part, images in enumerate(parts):
             share = range(accelerator.process_index, len(images), accelerator.num_processes)
-            options = {"num_workers": workers, "timeout": timeout if workers else 0}
+            options = {"num_workers": workers, "timeout": timeout if workers else 0, "worker_init_fn": outlast_signals}
             loader = DataLoader(_Attempts(images), sampler=share, batch_size=32, collate_fn=list, **options)
             reasons = [reason for batch in loader for reason in batch]
             mine += [(part, index, reason) for index, reason in zip(share, reasons, strict=True) if reason]

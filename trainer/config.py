@@ -77,6 +77,12 @@ class ModelConfig:
     freeze_plan: str | None = None
     """YAML or JSON file with such rules, instead of --train; the freeze_plan.json of a run is one."""
 
+    def matching(self) -> dict[str, Any]:
+        """What of the file is taken, as `weights.Match` has it."""
+        names = {"match": "by", "except": "but"}
+        parts = ("match", "rename", "first", "only", "except", "coverage")
+        return {names.get(part, part): getattr(self, f"weights_{part}") for part in parts}
+
 
 @dataclass
 class OptimConfig:

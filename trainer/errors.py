@@ -42,6 +42,9 @@ class NumericalError(ValueError):
         self.step, self.samples = step, list(samples)
 
 
+MENDABLE = (UsageError, DataError, CheckpointError, NumericalError)  # by the user, whom a traceback would not help
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of the program that an error ends: its own, 74 (`EX_IOERR`) for OSError, or 1."""
     return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)

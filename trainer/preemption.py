@@ -46,7 +46,8 @@ class Preemption:
         self._limit = None if time_limit is None else 60 * time_limit
         self._save_interval = None if save_minutes is None else 60 * save_minutes
         self._reason = ""
-        self._saved = self._checked = time.monotonic()
+        self._saved = time.monotonic()
+        self._checked: float | None = None
         self._longest = 0.0  # seconds between two checks
         self._group = None
         if accelerator.num_processes > 1 and torch.distributed.get_backend() != "gloo":
@@ -62,7 +63,9 @@ class Preemption:
             Preempted: on every process.
         """
         now = time.monotonic()
-        self._longest, self._checked = max(self._longest, now - self._checked), now
+        if self._checked is not None:  # what came before the first check, such as a download, is no step
+            self._longest = max(self._longest, now - self._checked)
+        self._checked = now
         # The next check must come before the limit, and so must the save: leave room for twice the longest gap so far.
         if self._limit is not None and now - run.BEGAN + max(2 * self._longest, 0.05 * self._limit) > self._limit:
             self._reason = self._reason or "time limit"

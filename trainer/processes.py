@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch.distributed.elastic.multiprocessing.errors import ErrorHandler
 
+from trainer import errors
 from trainer.errors import CheckpointError, NumericalError, UsageError, exit_code
 from trainer.preemption import Preempted
 from trainer.watch import Elsewhere, Watch, explained
@@ -174,7 +175,7 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
             if "TORCHELASTIC_ERROR_FILE" in os.environ and not isinstance(error, Elsewhere):
                 ErrorHandler().record_exception(error)  # the launcher prints it
             raise error
-    except (ValueError, OSError, Elsewhere, Preempted) as error:
+    except (*errors.MENDABLE, OSError, Elsewhere, Preempted) as error:
         code = fail(error)
     except KeyboardInterrupt:  # before Preemption took note of signals
         code = 130
@@ -199,7 +200,7 @@ def fail(error: BaseException) -> int:
 
     Every process fails, one speaks: what another has said, and what all of a machine find, is not repeated.
     """
-    shared = isinstance(error, Elsewhere | UsageError | CheckpointError | NumericalError)
+    shared = isinstance(error, Elsewhere | UsageError | CheckpointError | NumericalError | Preempted)
     if not shared or os.environ.get("LOCAL_RANK", "0") == "0" or getattr(error, "orphans", False):
         print(f"error: {error}", file=sys.stderr, flush=True)
     return exit_code(error)

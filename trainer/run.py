@@ -172,6 +172,7 @@ class RunFolder:
                 path = loop.save(self.checkpoints, keep=keep, final=True)
                 if main:
                     status("preempted", reason=str(stop), checkpoint=path.name)
+                stop.args = (f"stopped by {stop}; saved as {path}. Go on with --resume {self.path}",)
                 raise
         except Exception as error:
             error = watch.explained(error)
@@ -200,14 +201,23 @@ class RunFolder:
             raise UsageError(f"another run works in {self.path}: {other}. Wait for its end, or give another --output.")
 
     def begin(
-        self, config: dict[str, Any], *, plan: "FreezePlan | None" = None, report: "Report | None" = None
-    ) -> None:
+        self,
+        config: dict[str, Any],
+        *,
+        plan: "FreezePlan | None" = None,
+        report: "Report | None" = None,
+        best: dict[str, float] | None = None,
+    ) -> dict[str, float]:
         """Lock the folder, write what the run is, delete what is stale: when nothing can go wrong but the disk.
 
         Args:
             config: for `config.yaml`.
             plan: for `freeze_plan.json`.
             report: for `weights_report.json`.
+            best: metrics of the best epoch so far, with its number as "epoch"; None for a new run.
+
+        Returns:
+            `best`, if `best.pt` is that epoch's checkpoint; otherwise nothing, as if there had been no best yet.
 
         Raises:
             UsageError: another run works here, or has since this one looked for the checkpoint to start from.
@@ -236,6 +246,23 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        return {} if best is None else self._keep_best(best)
+
+    def _keep_best(self, best: dict[str, float]) -> dict[str, float]:
+        """Make `best.pt` the best checkpoint on the way to the one that the run goes on from, or remove it."""
+        from trainer import checkpoint  # imports torch
+
+        here = self.checkpoints / "best.pt"
+        found = here if self.source is None else self.source.with_name("best.pt")
+        try:
+            if best and checkpoint.read(found)["metrics"]["val"] == {k: v for k, v in best.items() if k != "epoch"}:
+                if found.absolute() != here.absolute():
+                    files.replace(here, found.read_bytes())
+                return best
+        except CheckpointError as error:
+            log.warning("%s The best checkpoint so far is not at hand; the next epoch's takes its place.", error)
+        here.unlink(missing_ok=True)
+        return {}
 
     def _content(self) -> list[str]:
         return sorted(path.name for path in self.checkpoints.glob("*.pt"))

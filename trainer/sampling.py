@@ -11,6 +11,7 @@ to the processes in turn. So the composition of every micro-batch is the same on
 
 import hashlib
 import random
+import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -178,6 +179,16 @@ class KeyedDataset(Dataset):
         return {"image": image, "label": self.labels[index], "index": index}
 
 
+def outlast_signals(worker: int) -> None:
+    """In a data worker: a signal to the whole process group means the trainer, which needs its data for one more step.
+
+    The second SIGTERM ends it: a DataLoader sends one to a worker that does not end by itself.
+    """
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+
+
 class BatchLoader:
     """Loads the batches it is asked for, in order, in worker processes that live as long as the loader.
 
@@ -199,6 +210,7 @@ class BatchLoader:
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
             timeout=timeout if workers > 0 else 0,
+            worker_init_fn=outlast_signals,
             generator=torch.Generator(),  # else every iterator draws a number from torch's global generator
         )
 
