@@ -65,7 +65,12 @@ def test_a_difference_is_said(digits_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "env", "processes"),
     [
-        (["--train", "layer4.1", "fc", "--augment", "crop"], {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1),
+        pytest.param(
+            ["--train", "layer4.1", "fc", "--augment", "crop"],
+            {"ACCELERATE_MIXED_PRECISION": "bf16"},
+            1,
+            marks=pytest.mark.slow,
+        ),
         pytest.param(["--batch-size", "16"], {}, 2, marks=pytest.mark.slow),
     ],
 )

@@ -33,7 +33,9 @@ def test_killed_at_any_point_it_ends_in_the_same_bits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "options", [["--workers=2"], ["--exact", "--cache"], ["--train=all"], ["--by=TERM"]], ids=" ".join
+    "options",
+    [["--workers=2"], ["--exact", "--cache"], pytest.param(["--train=all"], marks=pytest.mark.slow), ["--by=TERM"]],
+    ids=" ".join,
 )
 def test_killed_with_other_settings(tmp_path, options):
     _kill_and_resume(tmp_path, ["step:1", "saved:4", "micro:5:1", "evaluating:1"], *options)
@@ -79,7 +81,8 @@ def exact(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("processes", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.slow  # the run that moves from 1 to 4 to 2 processes is the short form
+@pytest.mark.parametrize("processes", [2, 4])
 def test_exact_gives_the_same_bits_on_any_number_of_processes(exact, tmp_path, processes):
     tiny_run(tmp_path / "run", "--exact", "--workers", "1", processes=processes)
     assert kill_points.difference(exact, tmp_path / "run") == ""
@@ -110,6 +113,7 @@ def two(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_killed_process_of_two_leads_to_the_same_end(two, tmp_path):
     done = tiny_run(tmp_path / "run", "--kill", "step:7", "--kill-rank", "1", processes=2, check=False)
     assert done.returncode != 0
@@ -210,9 +214,11 @@ def test_sigterm_to_the_program_saves_and_exits_with_75(photos, tmp_path):
 @pytest.mark.parametrize(
     ("processes", "kill"),
     [
-        (1, "KILL"),
         (2, "TERM"),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((1, "TERM"), (1, "USR1"), (2, "KILL"), (2, "USR1"))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in ((1, "TERM"), (1, "USR1"), (1, "KILL"), (2, "KILL"), (2, "USR1"))
+        ),
     ],
 )
 def test_a_launcher_that_dies_takes_the_program_with_it_in_good_order(photos, tmp_path, processes, kill):

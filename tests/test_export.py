@@ -26,17 +26,17 @@ from trainer.inspection import inspect, verify
 slow = pytest.mark.slow
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FAMILIES = [
-    ("convnext_tiny", 32),
-    ("densenet121", 32),
-    ("efficientnet_b0", 32),
-    ("googlenet", 32),
-    ("inception_v3", 80),
-    ("mnasnet0_5", 32),
-    ("mobilenet_v2", 32),
+    pytest.param("convnext_tiny", 32, marks=slow),
+    pytest.param("densenet121", 32, marks=slow),
+    pytest.param("efficientnet_b0", 32, marks=slow),
+    pytest.param("googlenet", 32, marks=slow),
+    pytest.param("inception_v3", 80, marks=slow),
+    pytest.param("mnasnet0_5", 32, marks=slow),
+    pytest.param("mobilenet_v2", 32, marks=slow),
     ("mobilenet_v3_small", 32),
-    ("regnet_y_400mf", 32),
+    pytest.param("regnet_y_400mf", 32, marks=slow),
     ("resnet18", 32),
-    ("shufflenet_v2_x0_5", 32),
+    pytest.param("shufflenet_v2_x0_5", 32, marks=slow),
     ("squeezenet1_1", 32),
     pytest.param("alexnet", 64, marks=slow),
     pytest.param("maxvit_t", 224, marks=slow),
@@ -87,6 +87,7 @@ def test_train_export_stock_torchvision_the_same_predictions(digits_run, tmp_pat
     card = (tmp_path / "export" / "README.md").read_text()
     code = re.search(r"## model\.pt\n\n```python\n(.*?)```", card, re.DOTALL)[1]
     assert set(re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE)) == {"torch", "torchvision"}
+    readme = re.search(r"```python\n(import json, torch, torchvision\n.*?)```", README, re.DOTALL)[1]
     for index in range(3):
         Image.fromarray(Digits().images[index]).save("photo.jpg")
         names = {}
@@ -94,15 +95,14 @@ def test_train_export_stock_torchvision_the_same_predictions(digits_run, tmp_pat
         expected = loaded.model(loaded.transform("photo.jpg")[None])
         torch.testing.assert_close(names["logits"], expected, rtol=1e-4, atol=1e-4)
         assert names["logits"].argmax() == expected.argmax()
-        code = re.search(r"```python\n(import json, torch, torchvision\n.*?)```", README, re.DOTALL)[1]
         names = {"images": loaded.transform("photo.jpg")[None]}
-        exec(code, names)
+        exec(readme, names)
         assert torch.equal(names["logits"], expected)
     assert "fine-tuned on `digits` for 2 epochs. Validation: accuracy 0.4791" in card
     assert "`model.pt` | 4 validation images | none, to the bit" in card
 
 
-@pytest.mark.parametrize("preprocessing", [False, True])
+@pytest.mark.parametrize("preprocessing", [pytest.param(False, marks=slow), True])
 def test_a_program_takes_any_number_of_images(tmp_path, preprocessing):
     run = write_run(tmp_path / "run", "mobilenet_v3_small", 32)
     folder = export(run, formats=("program",), preprocessing=preprocessing)

@@ -299,8 +299,8 @@ FolderImages.__getitem__ = read
     ("action", "code", "says"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", 74, ". A worker that is killed usually"),
-        ("time.sleep(1000)", 74, "timed out after"),
-        ("os.kill(os.getpid(), signal.SIGSTOP)", 74, "timed out after"),
+        pytest.param("time.sleep(1000)", 74, "timed out after", marks=pytest.mark.slow),
+        pytest.param("os.kill(os.getpid(), signal.SIGSTOP)", 74, "timed out after", marks=pytest.mark.slow),
         ("raise OSError(24, 'Too many open files')", 74, "raise the limit of"),
         ("os.unlink(self.path(index))", 65, "across/007.jpg: "),
     ],

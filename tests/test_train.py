@@ -151,6 +151,7 @@ def test_a_run_can_be_lengthened_in_place(four_epochs, tmp_path):
     assert [event.step for event in events.Scalars("val/loss")] == [4, 8, 12, 16, 20]
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_get_better_stops_early_and_stays_stopped(photos, tmp_path):
     options = ["--data", photos, *SMALL, "--epochs", "50", "--lr", "1e-9", "--patience", "2", "--workers", "0"]
     done = train(*options, "--output", "run", cwd=tmp_path)
@@ -165,6 +166,7 @@ def test_a_run_that_does_not_get_better_stops_early_and_stays_stopped(photos, tm
     assert "finished already" in again.stdout
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_goes_with_the_run(four_epochs, tmp_path):
     """Continued elsewhere it is copied; continued from before the best epoch, another one is the best."""
     first, *_, last = checkpoint.steps(four_epochs / "checkpoints")
@@ -297,7 +299,7 @@ def test_a_mistake_is_one_message_and_nothing_else(mistaken, number):
     assert os.listdir(folder) == []
 
 
-@pytest.mark.parametrize("options", [["--check-frozen", "1"], []])
+@pytest.mark.parametrize("options", [pytest.param(["--check-frozen", "1"], marks=pytest.mark.slow), []])
 def test_a_frozen_weight_that_moves_ends_the_run(tmp_path, options):
     """The program with one line of the kind that people add by mistake."""
     code = TRAIN.read_text().replace("logs.after_step(loop)", "logs.after_step(loop); network.bn1.running_var += 1")
