@@ -39,48 +39,19 @@ def launch(
     )
 
 
-def train(*arguments: object, cwd: Path, env: dict | None = None):
-    """Run train.py alone, as one process."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 def tiny_run(folder: Path, *options: object, processes: int, check: bool = True):
-    """Run tiny_run.py on one process directly, or on several through the launcher; gives the finished process."""
+    """Run tiny_run.py on several processes through the launcher; gives the finished process."""
     folder.mkdir(exist_ok=True)
-    if processes > 1:
-        done = launch(TINY_RUN, folder, *options, cwd=folder.parent, config="cpu_x2", processes=processes)
-    else:
-        command = [sys.executable, str(TINY_RUN), str(folder), *map(str, options)]
-        env = {**os.environ, "OMP_NUM_THREADS": "2"}  # --exact must not depend on it
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = launch(TINY_RUN, folder, *options, cwd=folder.parent, config="cpu_x2", processes=processes)
     assert not check or done.returncode == 0, done.stderr
     return done
 
 
-def command(*arguments: object, cwd: Path, env: dict | None = None):
-    """Run `python -m trainer` alone, as one process."""
-    return subprocess.run(
-        [sys.executable, "-m", "trainer", *map(str, arguments)],
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.fixture(scope="session")
-def digits_run(tmp_path_factory) -> Path:
+def digits_run(program, tmp_path_factory) -> Path:
     """Two epochs of the demo: the folder of a real run. Not to be changed."""
     folder = tmp_path_factory.mktemp("digits")
-    done = train("--epochs", "2", "--output", "run", cwd=folder)
+    done = program("--epochs", "2", "--output", "run", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 
@@ -125,23 +96,35 @@ def write_run(folder: Path, name: str, size: int, *, train: tuple[str, ...] = ("
 
 
 class Program:
-    """train.py, as one process, in a third of a second: see program.py."""
+    """Runs train.py, or another program of this project, in a third of a second: see program.py."""
 
     def __init__(self):
         command = [sys.executable, str(ROOT / "tests" / "program.py")]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
 
-    def __call__(self, *arguments: object, cwd: Path, setup: str = "", env: dict | None = None, timeout: float = 100):
-        """Run it.
+    def __call__(
+        self,
+        *arguments: object,
+        cwd: Path,
+        target: Path | str = ROOT / "train.py",
+        processes: int = 1,
+        setup: str = "",
+        env: dict | None = None,
+        timeout: float = 100,
+    ):
+        """Run it; gives returncode, stdout, stderr and pid.
 
         Args:
             arguments: its command line.
-            setup: Python code to run before, in its process: where a test breaks something.
+            target: a script, or the name of a package.
+            processes: how many, which find each other as those of a launcher do.
+            setup: Python code to run before, in each process: where a test breaks something.
             timeout: seconds, after which it is killed.
         """
         job = {"arguments": [*map(str, arguments)], "cwd": str(cwd), "setup": setup, "env": env or {}}
-        self.server.stdin.write(json.dumps(job | {"timeout": timeout}) + "\n")
+        job |= {"target": str(target), "processes": processes, "timeout": timeout}
+        self.server.stdin.write(json.dumps(job) + "\n")
         self.server.stdin.flush()
         return SimpleNamespace(**json.loads(self.server.stdout.readline()))
 
@@ -150,9 +133,8 @@ class Program:
 def program():
     started = Program()
     yield started
-    started.server.stdin.close()
-    started.server.wait()
-    started.server.stdout.close()
+    started.server.kill()  # not told by the end of its input: a data worker of these tests may hold that open
+    started.server.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -1,39 +1,55 @@
-"""Runs train.py again and again without importing torch again: each run is a fork of this process, which has not used
-it yet. Reads jobs from stdin, one JSON object a line, and answers each with one; see `conftest.Program`.
+"""Runs Python programs again and again without importing torch again: each process is a fork of this one, which has
+imported everything and used nothing yet. Reads jobs from stdin, one JSON object a line, and answers each with one; see
+`conftest.Program`.
 """
 
 import json
 import os
+import runpy
 import signal
+import socket
 import sys
 import tempfile
 import time
+import traceback
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import train
-import trainer
-from trainer.config import parse
+import trainer  # noqa: E402
+from trainer import evaluation, export, inspection, predict  # noqa: E402, F401
 
 for name in trainer.__all__:
     getattr(trainer, name)
 
 
-def child(job: dict, out: int, err: int) -> None:
+def child(job: dict, rank: int, port: int, out: int, err: int) -> None:
     os.setsid()
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(out, 1)
     os.dup2(err, 2)
     os.chdir(job["cwd"])
+    trainer.run.BEGAN = time.monotonic()
     os.environ.update(job["env"])
-    sys.argv = ["train.py", *job["arguments"]]
-    code = 1
+    if (count := job["processes"]) > 1:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
+        os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    target = job["target"]
+    sys.argv = [target, *job["arguments"]]
+    code = 0
     try:
         exec(job["setup"], {})
-        trainer.run_and_exit(train.main, parse(train.__doc__))
+        if target.endswith(".py"):
+            runpy.run_path(target, run_name="__main__")
+        else:
+            runpy.run_module(target, run_name="__main__", alter_sys=True)
     except SystemExit as stop:
-        code = stop.code
+        code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -42,18 +58,33 @@ def child(job: dict, out: int, err: int) -> None:
 
 def run(job: dict) -> dict:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        pid = os.fork()
-        if pid == 0:
-            child(job, out.fileno(), err.fileno())
-        end = time.monotonic() + job["timeout"]
-        while not (found := os.waitpid(pid, os.WNOHANG))[0]:
-            if time.monotonic() > end:
-                os.killpg(pid, signal.SIGKILL)
-            time.sleep(0.01)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        ranks = []
+        for rank in range(job["processes"]):
+            ranks.append(os.fork())
+            if ranks[-1] == 0:
+                child(job, rank, port, out.fileno(), err.fileno())
+        codes = wait(ranks, job["timeout"])
         for file in (out, err):
             file.seek(0)
-        code = os.waitstatus_to_exitcode(found[1])
-        return {"returncode": code, "stdout": out.read(), "stderr": err.read(), "pid": pid}
+        code = next((codes[pid] for pid in ranks if codes[pid] != 0), 0)
+        return {"returncode": code, "stdout": out.read(), "stderr": err.read(), "pid": ranks[0]}
+
+
+def wait(ranks: list[int], timeout: float) -> dict[int, int]:
+    """Exit codes; as a launcher does, end all when one fails, after the time they need to notice it by themselves."""
+    end, codes = time.monotonic() + timeout, {}
+    while waiting := [pid for pid in ranks if pid not in codes]:
+        for pid in waiting:
+            if (found := os.waitpid(pid, os.WNOHANG))[0]:
+                codes[pid] = os.waitstatus_to_exitcode(found[1])
+                if codes[pid] != 0:
+                    end = min(end, time.monotonic() + 15)
+            elif time.monotonic() > end:
+                os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return codes
 
 
 for line in sys.stdin:

@@ -244,7 +244,7 @@ def trained(path: Path, backbone: Backbone, rules: list[str], *, name: str, seed
         value.data.fill_(5)
     config = {"model": {"name": name}, "data": {"image_size": size}, "run": {"seed": seed}}
     counts = dict.fromkeys(("epoch", "step", "samples", "skipped_samples", "training_samples"), 1)
-    rest = dict.fromkeys(("optimizer", "totals", "metrics", "data", "compute"), {})
+    rest = {key: {} for key in ("optimizer", "totals", "metrics", "data", "compute")}
     state = {**counts, **rest, "scaler": None} | {
         "model": {k: v.detach().clone() for k, v in trained_tensors(backbone.model).items()},
         "fingerprint": fingerprint(backbone.model),

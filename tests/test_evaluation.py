@@ -4,7 +4,6 @@ import json
 import os
 
 import pytest
-from conftest import ROOT, command, launch, train
 from PIL import Image
 
 from trainer import checkpoint, evaluation
@@ -17,7 +16,6 @@ SMALL = ["--weights", "none", "--image-size", "32", "--epochs", "1", "--workers"
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))  # for the launcher, which starts a module
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # evaluate_run sets it to that of training
 
 
@@ -65,30 +63,19 @@ def test_a_difference_is_said(digits_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "env", "processes"),
     [
-        pytest.param(
-            ["--train", "layer4.1", "fc", "--augment", "crop"],
-            {"ACCELERATE_MIXED_PRECISION": "bf16"},
-            1,
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(["--batch-size", "16"], {}, 2, marks=pytest.mark.slow),
+        (["--train", "layer4.1", "fc", "--augment", "crop"], {"ACCELERATE_MIXED_PRECISION": "bf16"}, 1),
+        (["--batch-size", "16"], {}, 2),
     ],
 )
-def test_the_same_numbers_on_another_number_of_processes_and_in_bf16(photos, tmp_path, options, env, processes):
+def test_the_same_numbers_on_other_processes_and_in_bf16(photos, program, tmp_path, options, env, processes):
     """Trained on 1 and evaluated on 2 processes, or trained on 2 (with half the micro-batch) and evaluated on 1."""
     options = ["--data", photos, *SMALL, *options, "--output", tmp_path / "run"]
-    if processes == 1:
-        done = train(*options, cwd=tmp_path, env=env)
-    else:
-        done = launch(ROOT / "train.py", *options, cwd=tmp_path, config="cpu_x2")
+    done = program(*options, cwd=tmp_path, env=env, processes=processes)
     assert done.returncode == 0, done.stderr
     state = checkpoint.read(tmp_path / "run" / "checkpoints" / "best.pt")
     assert state["compute"]["precision"] == env.get("ACCELERATE_MIXED_PRECISION", "no")
     arguments = ["evaluate", "--run", tmp_path / "run", "--json"]
-    if processes == 1:
-        done = launch("--module", "trainer", *arguments, cwd=tmp_path, config="cpu_x2")
-    else:
-        done = command(*arguments, cwd=tmp_path)
+    done = program(*arguments, target="trainer", cwd=tmp_path, processes=3 - processes)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["all"] == state["metrics"]["val"]
 

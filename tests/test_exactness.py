@@ -18,18 +18,13 @@ from trainer import checkpoint
 TRAIN = ROOT / "train.py"
 
 
-def _kill_and_resume(folder: Path, events: list[str], *options: str):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "kill_points.py"), str(folder), *events, *options],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+def _kill_and_resume(program, folder: Path, events: list[str], *options: str):
+    done = program(folder, *events, *options, target=kill_points.__file__, cwd=folder, timeout=1200)
     assert done.stdout.splitlines() == [f"ok {event}" for event in events], done.stdout + done.stderr
 
 
-def test_killed_at_any_point_it_ends_in_the_same_bits(tmp_path):
-    _kill_and_resume(tmp_path, kill_points.FAST)
+def test_killed_at_any_point_it_ends_in_the_same_bits(program, tmp_path):
+    _kill_and_resume(program, tmp_path, kill_points.FAST)
 
 
 @pytest.mark.parametrize(
@@ -37,21 +32,21 @@ def test_killed_at_any_point_it_ends_in_the_same_bits(tmp_path):
     [["--workers=2"], ["--exact", "--cache"], pytest.param(["--train=all"], marks=pytest.mark.slow), ["--by=TERM"]],
     ids=" ".join,
 )
-def test_killed_with_other_settings(tmp_path, options):
-    _kill_and_resume(tmp_path, ["step:1", "saved:4", "micro:5:1", "evaluating:1"], *options)
+def test_killed_with_other_settings(program, tmp_path, options):
+    _kill_and_resume(program, tmp_path, ["step:1", "saved:4", "micro:5:1", "evaluating:1"], *options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [[], ["--workers=2"], ["--exact"], ["--train=all"], ["--cache"]], ids=" ".join)
-def test_killed_at_every_point(tmp_path, options):
-    _kill_and_resume(tmp_path, kill_points.ALL, *options)
+def test_killed_at_every_point(program, tmp_path, options):
+    _kill_and_resume(program, tmp_path, kill_points.ALL, *options)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [["--processes=2"], ["--processes=4"], ["--processes=4", "--exact"]], ids=" ".join)
-def test_one_of_several_processes_killed(tmp_path, options):
+def test_one_of_several_processes_killed(program, tmp_path, options):
     events = [event for event in kill_points.FAST if not event.startswith("micro") or event.endswith(":0")]
-    _kill_and_resume(tmp_path, events, *options)
+    _kill_and_resume(program, tmp_path, events, *options)
 
 
 @pytest.mark.slow
@@ -73,11 +68,18 @@ def test_killed_twenty_times_at_random_moments(tmp_path):
     assert kill_points.difference(golden, folder) == ""
 
 
+def _alone(program, folder: Path, *options: object, check: bool = True):
+    """tiny_run.py --exact on one process, with two threads: neither number may make a difference."""
+    setup = "import torch; torch.set_num_threads(2)"
+    done = program(folder, "--exact", *options, target=TINY_RUN, cwd=folder.parent, setup=setup)
+    assert not check or done.returncode == 0, done.stderr
+
+
 @pytest.fixture(scope="module")
-def exact(tmp_path_factory):
+def exact(program, tmp_path_factory):
     """The run that every number of processes must repeat to the bit."""
     folder = tmp_path_factory.mktemp("exact") / "golden"
-    tiny_run(folder, "--exact", processes=1)
+    _alone(program, folder)
     return folder
 
 
@@ -90,17 +92,17 @@ def test_exact_gives_the_same_bits_on_any_number_of_processes(exact, tmp_path, p
     assert len(ends) == 1
 
 
-def test_a_run_moved_from_one_to_four_to_two_processes_is_exact(exact, tmp_path):
-    tiny_run(tmp_path / "run", "--exact", "--stop", "1", processes=1)
+def test_a_run_moved_from_one_to_four_to_two_processes_is_exact(exact, program, tmp_path):
+    _alone(program, tmp_path / "run", "--stop", "1")
     tiny_run(tmp_path / "run", "--exact", "--kill", "step:9", "--kill-rank", "3", processes=4, check=False)
     tiny_run(tmp_path / "run", "--exact", processes=2)
     assert kill_points.difference(exact, tmp_path / "run") == ""
 
 
 @pytest.mark.slow
-def test_a_run_moved_from_four_to_one_to_two_processes_is_exact(exact, tmp_path):
+def test_a_run_moved_from_four_to_one_to_two_processes_is_exact(exact, program, tmp_path):
     tiny_run(tmp_path / "run", "--exact", "--stop", "1", processes=4)
-    tiny_run(tmp_path / "run", "--exact", "--kill", "micro:8:2", processes=1, check=False)
+    _alone(program, tmp_path / "run", "--kill", "micro:8:2", check=False)
     tiny_run(tmp_path / "run", "--exact", processes=2)
     assert kill_points.difference(exact, tmp_path / "run") == ""
 
@@ -122,12 +124,12 @@ def test_a_killed_process_of_two_leads_to_the_same_end(two, tmp_path):
     assert kill_points.difference(two, tmp_path / "run") == ""
 
 
-def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(exact, tmp_path):
+def test_sigterm_to_one_of_two_processes_stops_both_at_the_same_step(exact, program, tmp_path):
     options = ["--exact", "--kill", "step:7", "--kill-rank", "1", "--by", "TERM"]
-    done = tiny_run(tmp_path / "run", *options, processes=2, check=False)
-    assert "exitcode  : 75" in done.stderr
+    done = program(tmp_path / "run", *options, target=TINY_RUN, cwd=tmp_path, processes=2)
+    assert done.returncode == 75
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == "step-00000007.pt"
-    tiny_run(tmp_path / "run", "--exact", processes=1)
+    _alone(program, tmp_path / "run")
     assert kill_points.difference(exact, tmp_path / "run") == ""
 
 
@@ -142,19 +144,20 @@ def test_the_launcher_starts_a_killed_run_again_and_it_ends_in_the_same_bits(two
     assert kill_points.difference(two, tmp_path / "run") == ""
 
 
-def test_a_nan_on_one_process_stops_all_and_changes_nothing(tmp_path):
+def test_a_nan_on_one_process_stops_all_and_changes_nothing(program, tmp_path):
     sample = 11
-    done = tiny_run(tmp_path / "run", "--nan", sample, "--save-every", "1", processes=2, check=False)
-    assert "exitcode  : 70" in done.stderr
+    options = ["--nan", sample, "--save-every", "1"]
+    done = program(tmp_path / "run", *options, target=TINY_RUN, cwd=tmp_path, processes=2)
+    assert done.returncode == 70
     assert "the gradient is not finite in step" in done.stderr
     ledgers = [(tmp_path / "run" / f"ledger.{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
     assert [json.loads(line)["weights"] for line in ledgers[0]] == [json.loads(line)["weights"] for line in ledgers[1]]
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").name == f"step-{len(ledgers[0]):08d}.pt"
 
 
-def test_replicas_that_differ_in_one_bit_are_found(tmp_path):
-    done = tiny_run(tmp_path / "run", "--flip", processes=2, check=False)
-    assert "exitcode  : 70" in done.stderr
+def test_replicas_that_differ_in_one_bit_are_found(program, tmp_path):
+    done = program(tmp_path / "run", "--flip", target=TINY_RUN, cwd=tmp_path, processes=2)
+    assert done.returncode == 70
     assert "after step 2 the replicas of fc.bias differ: processes [1] from process 0" in done.stderr
 
 
@@ -247,15 +250,9 @@ def test_a_second_interrupt_ends_at_once_and_leaves_valid_checkpoints(photos, tm
     assert checkpoint.newest(tmp_path / "run" / "checkpoints") is not None
 
 
-def test_a_time_limit_stops_before_it(photos, tmp_path):
+def test_a_time_limit_stops_before_it(photos, program, tmp_path):
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, str(TRAIN), "--data", str(photos), *LONG, "--time-limit", "0.2"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
+    done = program("--data", photos, *LONG, "--time-limit", "0.08", cwd=tmp_path)
     assert done.returncode == 75, done.stderr
-    assert time.monotonic() - began < 12
+    assert time.monotonic() - began < 6
     _check_preempted(tmp_path, "time limit")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT, command, write_run
+from conftest import ROOT, write_run
 from PIL import Image
 from torch import nn
 from torchvision import models
@@ -76,9 +76,9 @@ def test_weights_that_want_their_input_transformed(tmp_path):
     assert json.loads((folder / "model.json").read_text())["builder"]["transform_input"] is True
 
 
-def test_train_export_stock_torchvision_the_same_predictions(digits_run, tmp_path, monkeypatch):
+def test_train_export_stock_torchvision_the_same_predictions(digits_run, program, tmp_path, monkeypatch):
     """By the code of the model card and of the README, which use nothing but torch and torchvision."""
-    done = command("export", "--run", digits_run, "--output", tmp_path / "export", cwd=tmp_path)
+    done = program("export", "--run", digits_run, "--output", tmp_path / "export", target="trainer", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "bit-equal logits on 4 validation images" in done.stdout
     assert sorted(os.listdir(tmp_path / "export")) == ["README.md", "model.json", "model.pt", "tail.safetensors"]

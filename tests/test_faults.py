@@ -10,7 +10,7 @@ from pathlib import Path
 
 import hostile
 import pytest
-from conftest import ROOT, launch
+from conftest import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -256,7 +256,7 @@ def test_bad_images_are_left_out_equally_on_any_number_of_processes_and_after_a_
     assert "5 images that cannot be read are left out" in one.stdout
     assert [name for name in NAMES if f"{name}: " not in one.stderr] == []
     (tmp_path / "run").rename(tmp_path / "alone")
-    two = launch(ROOT / "train.py", *skip, "--workers", "1", cwd=tmp_path, config="cpu_x2")
+    two = program(*skip, "--workers", "1", cwd=tmp_path, processes=2)
     assert two.returncode == 0, two.stderr
     assert "57 training, 19 validation images" in two.stdout
     states = [checkpoint.read(tmp_path / run / "checkpoints" / "step-00000008.pt") for run in ("alone", "run")]

@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, command
+from conftest import ROOT
 
 
 def test_help_does_not_wait_for_torch():
@@ -29,8 +29,8 @@ def test_help_does_not_wait_for_torch():
         ),
     ],
 )
-def test_a_mistake_is_one_message(arguments, code, says, tmp_path):
-    done = command(*arguments, cwd=tmp_path)
+def test_a_mistake_is_one_message(arguments, code, says, program, tmp_path):
+    done = program(*arguments, target="trainer", cwd=tmp_path)
     assert done.returncode == code
     assert says in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from conftest import ROOT, train
+from conftest import ROOT
 
 from trainer import checkpoint
 
@@ -91,7 +91,7 @@ def machines(tmp_path):
             print(f"---- {log.name}\n{log.read_text()}")
 
 
-def test_two_machines_train_and_resume_as_one_process_does(machines, photos, tmp_path):
+def test_two_machines_train_and_resume_as_one_process_does(machines, photos, program, tmp_path):
     (first, second), run = machines
     alone = tmp_path / "alone"
     alone.mkdir()
@@ -105,7 +105,7 @@ def test_two_machines_train_and_resume_as_one_process_does(machines, photos, tmp
         assert "epoch" not in outputs[1], "one process speaks"
         assert (os.listdir(first), os.listdir(second)) == (["runs"], [])
 
-        done = train(*arguments, cwd=alone, env={"CUDA_VISIBLE_DEVICES": "-1"})
+        done = program(*arguments, cwd=alone, env={"CUDA_VISIBLE_DEVICES": "-1"})
         assert done.returncode == 0, done.stderr
         name = f"runs/{photos.name}-resnet18/checkpoints/step-{step:08d}.pt"
         one, two = (checkpoint.read(folder / name) for folder in (alone, first))

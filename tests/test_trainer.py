@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import tiny_run
+from conftest import TINY_RUN
 
 import trainer
 from trainer import checkpoint
@@ -268,9 +268,10 @@ def test_loading_what_does_not_fit_changes_nothing_and_says_what(tiny, tmp_path,
     assert (fresh.epoch, len(fresh.optimizer.state)) == (0, 0)
 
 
-def _ends(folder, *options, processes):
+def _ends(program, folder, *options, processes):
     """Run tiny_run.py to its end; gives the final state of each process."""
-    tiny_run(folder, *options, processes=processes)
+    done = program(folder, *options, target=TINY_RUN, cwd=folder.parent, processes=processes)
+    assert done.returncode == 0, done.stderr
     return [torch.load(folder / f"end.{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
@@ -283,17 +284,17 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def alone(program, tmp_path_factory):
     """One process with and without a cache: what the others are compared with."""
     folder = tmp_path_factory.mktemp("alone")
-    return {name: _ends(folder / name, *options, processes=1)[0] for name, options in RUNS.items()}
+    return {name: _ends(program, folder / name, *options, processes=1)[0] for name, options in RUNS.items()}
 
 
 @pytest.mark.parametrize(
     ("name", "processes"), [("streamed", 2), pytest.param("streamed", 4, marks=pytest.mark.slow), ("cached", 2)]
 )
-def test_processes_agree_with_each_other_and_with_one(alone, tmp_path, name, processes):
-    expected, states = alone[name], _ends(tmp_path / "run", *RUNS[name], processes=processes)
+def test_processes_agree_with_each_other_and_with_one(program, alone, tmp_path, name, processes):
+    expected, states = alone[name], _ends(program, tmp_path / "run", *RUNS[name], processes=processes)
     for state in states:
         assert all(torch.equal(state["replica"][name], states[0]["replica"][name]) for name in state["replica"])
         assert (state["step"], state["samples"]) == (expected["step"], expected["samples"])
@@ -305,8 +306,8 @@ def test_processes_agree_with_each_other_and_with_one(alone, tmp_path, name, pro
     assert all(state["fingerprint"] == expected["fingerprint"] for state in states)
 
 
-def test_replicas_with_a_batchnorm_that_trains_stay_equal(tmp_path):
+def test_replicas_with_a_batchnorm_that_trains_stay_equal(program, tmp_path):
     """Its statistics are the main process's when they are evaluated and saved."""
-    first, second = _ends(tmp_path / "run", "--train", "block", "fc", "--epochs", "2", processes=2)
+    first, second = _ends(program, tmp_path / "run", "--train", "block", "fc", "--epochs", "2", processes=2)
     assert all(torch.equal(first["replica"][name], second["replica"][name]) for name in first["replica"])
     assert first["metrics"] == second["metrics"]

@@ -8,7 +8,7 @@ from conftest import ROOT, launch
 
 from trainer import checkpoint, processes, watch
 
-TIMEOUT = 12  # seconds, which the processes wait for each other
+TIMEOUT = 8  # seconds, which the processes wait for each other
 SMALL = ["--model", "resnet18", "--weights", "none", "--image-size", "32", "--batch-size", "8", "--epochs", "3"]
 SMALL += ["--augment", "none", "--workers", "0", "--save-every", "5", "--output", "run"]
 STEP = "break_in(trainer.Trainer, '_update', {}, call=8, rank={})"
