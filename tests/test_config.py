@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 
@@ -186,8 +187,19 @@ def test_a_launcher_that_starts_us_again_means_resume(stored_run, monkeypatch):
 def test_a_resumed_run_stays_the_same_run(stored_run, capsys, flags, says):
     with pytest.raises(UsageError, match=says):
         _resumed("--resume", str(stored_run), *flags)
-    _resumed("--resume", str(stored_run), *flags, "--override")
-    assert "→" in capsys.readouterr().out
+    if flags[0] in ("--batch-size", "--seed"):
+        _resumed("--resume", str(stored_run), *flags, "--override")
+        assert "→" in capsys.readouterr().out
+    else:  # the checkpoint would not fit
+        with pytest.raises(UsageError, match=says):
+            _resumed("--resume", str(stored_run), *flags, "--override")
+
+
+def test_a_run_that_lost_its_settings_has_them_in_its_checkpoints(digits_run, tmp_path):
+    shutil.copytree(digits_run, tmp_path / "run")
+    (tmp_path / "run" / "config.yaml").unlink()
+    for resume in (["auto", "--output", str(tmp_path / "run")], [str(tmp_path / "run")]):
+        assert _resumed("--resume", *resume).optim.epochs == 2
 
 
 def test_resuming_what_is_not_there(tmp_path):

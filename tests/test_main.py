@@ -36,8 +36,11 @@ def test_a_mistake_is_one_message(arguments, code, says, program, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_closed_pipe_is_no_error(tmp_path):
-    program = f"{sys.executable} -m trainer inspect resnet152 --depth 9 | head -1"
+@pytest.mark.parametrize(
+    ("program", "begins"), [("-m trainer inspect resnet152 --depth 9", "module"), ("train.py --help", "usage")]
+)
+def test_a_closed_pipe_is_no_error(program, begins):
+    program = f"{sys.executable} {program} | head -1"
     done = subprocess.run(program, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.stdout.startswith("module")
+    assert done.stdout.startswith(begins)
     assert done.stderr == ""

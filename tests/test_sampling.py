@@ -132,7 +132,10 @@ class _Broken(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_what_a_worker_cannot_read_is_one_message(workers):
-    batches = BatchLoader(_Broken(), workers=workers)([[(0, 1)], [(0, 0), (0, 2)]])
+    loader = BatchLoader(_Broken(), workers=workers)
+    batches = loader([[(0, 1)], [(0, 0), (0, 2)]])
     assert next(batches)["index"].tolist() == [1]
     with pytest.raises(DataError, match=r"^photo.jpg cannot be read$"):
         next(batches)
+    if workers:
+        loader._loader._iterator._shutdown_workers()  # the garbage collector would wait ten seconds for them

@@ -7,7 +7,7 @@ from conftest import TINY_RUN
 
 import trainer
 from trainer import checkpoint
-from trainer.errors import CheckpointError, NumericalError
+from trainer.errors import CheckpointError, NumericalError, UsageError
 from trainer.features import Kept
 from trainer.freezing import frozen_tensors
 
@@ -222,6 +222,38 @@ def test_two_and_two_epochs_are_four_to_the_bit(tiny, tmp_path):
     assert all(torch.equal(left[name][key], right[name][key]) for name in right for key in right[name])
 
 
+class _Flat(torch.nn.Sequential):
+    """A BatchNorm on vectors, which one image has no statistics for."""
+
+    def __init__(self):
+        super().__init__(torch.nn.Flatten(), torch.nn.Linear(192, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3))
+
+
+def test_a_last_image_that_a_batchnorm_cannot_take_is_found_at_once():
+    model = _Flat()
+    loop, source = _loop(model, train=("2", "3"))  # 21 = 2 windows of 4 + 4, and one of 4 + 1
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(UsageError, match=r"one image: Expected more than 1 value .* \(the last of 5 images\)"):
+        loop.train_epoch(source)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert loop.step == 0
+
+
+def test_after_a_resume_the_rate_is_that_of_the_last_step(tiny, tmp_path):
+    """It is logged with an epoch of which only the evaluation was left to do."""
+    loop, source = _loop(tiny)
+    loop.lr = lambda progress: progress
+    saved = []
+    for _ in range(2):
+        loop.train_epoch(source, after_step=lambda loop: saved.append((loop.rate, loop.save(tmp_path, keep=9))))
+        loop.finish_epoch()
+    for rate, path in saved:
+        fresh, _ = _loop(tiny)
+        fresh.lr = loop.lr
+        fresh.load(path)
+        assert fresh.rate == rate
+
+
 def test_a_checkpoint_holds_what_trained_and_nothing_else(tiny, tmp_path):
     loop, source = _loop(tiny)
     loop.train_epoch(source)
@@ -249,6 +281,9 @@ def test_a_checkpoint_holds_what_trained_and_nothing_else(tiny, tmp_path):
         (lambda s: s["freeze_plan"].update(train=["fc"]), "other freeze_plan"),
         (lambda s: s["optimizer"].update(kind="SGD"), "trained with SGD; this run uses AdamW"),
         (lambda s: s["optimizer"]["state"].pop("fc.weight"), "missing fc.weight"),
+        (lambda s: s["optimizer"]["state"]["fc.bias"].pop("exp_avg_sq"), "of fc.bias is not like that of the other"),
+        (lambda s: s["optimizer"]["state"].update({"fc.bias": []}), "of fc.bias is not like that of the other"),
+        (lambda s: s["model"].update({"fc.bias": [0.0] * 3}), "fc.bias is list; expected a tensor"),
         (lambda s: s["fingerprint"].update({"conv.bias": "0" * 16}), "conv.bias: expected sha256 0000"),
         (lambda s: s.update(training_samples=22), "trained on 22 images; this training set has 21"),
     ],

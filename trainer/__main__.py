@@ -6,8 +6,6 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m trainer eva
 """
 
 import io
-import os
-import sys
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
@@ -17,7 +15,7 @@ import tyro
 from tyro.conf import Positional, arg, subcommand
 
 import trainer
-from trainer.config import speaks
+from trainer.config import no_broken_pipe, speaks
 
 
 @dataclass
@@ -125,7 +123,7 @@ _DOES = {
 def parse(arguments: list[str] | None = None) -> Inspect | Verify | Evaluate | Predict | Export:
     """The command of a command line; prints help or one message and exits if it cannot be."""
     commands = [Annotated[kind, subcommand(kind.__name__.lower(), prefix_name=False)] for kind in _DOES]
-    with nullcontext() if speaks() else redirect_stderr(io.StringIO()):
+    with nullcontext() if speaks() else redirect_stderr(io.StringIO()), no_broken_pipe():
         return tyro.cli(Union[*commands], prog="python -m trainer", description=_ABOUT, args=arguments)
 
 
@@ -134,11 +132,8 @@ def main() -> None:
     module, function = _DOES[type(command)].split(".")
 
     def run() -> None:  # imported inside, so that a missing package is a message like any other
-        try:
+        with no_broken_pipe():
             getattr(import_module(f"trainer.{module}"), function)(**vars(command))
-            sys.stdout.flush()
-        except BrokenPipeError:  # `| head` has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     trainer.run_and_exit(run)
 

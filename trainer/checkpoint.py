@@ -265,6 +265,8 @@ def positional_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer, mo
         difference = _difference(saved["state"].keys(), shapes.keys())
         raise CheckpointError(f"the optimizer state is for other parameters: {difference}.")
     for name, values in saved["state"].items():
+        if not isinstance(values, dict) or values.keys() != next(iter(saved["state"].values())).keys():
+            raise CheckpointError(f"the optimizer state of {name} is not like that of the other parameters.")
         for key, value in values.items():
             if isinstance(value, Tensor) and value.ndim and value.shape != shapes[name]:
                 found = f"{tuple(value.shape)}; expected {tuple(shapes[name])}"
@@ -285,7 +287,9 @@ def check_tensors(saved: dict[str, Tensor], live: dict[str, Tensor]) -> None:
         problems.append(_difference(saved.keys(), live.keys()))
     for name in saved.keys() & live.keys():
         found, expected = saved[name], live[name]
-        if (found.shape, found.dtype) != (expected.shape, expected.dtype):
+        if not isinstance(found, Tensor):
+            problems.append(f"{name} is {type(found).__name__}; expected a tensor")
+        elif (found.shape, found.dtype) != (expected.shape, expected.dtype):
             here = f"{expected.dtype} {tuple(expected.shape)}"
             problems.append(f"{name} is {found.dtype} {tuple(found.shape)}; expected {here}")
     if problems:

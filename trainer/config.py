@@ -13,7 +13,8 @@ import io
 import os
 import reprlib
 import sys
-from contextlib import nullcontext, redirect_stderr, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -146,7 +147,7 @@ class RunConfig:
     overwrite: bool = False
     """Delete the run that the output folder holds."""
     override: bool = False
-    """Resume even with another model, seed, batch size, optimizer or freeze plan than the run had."""
+    """Resume even with another batch size, seed, augmentation or image size than the run had."""
     config: str | None = None
     """YAML file of settings, such as the config.yaml of a run; flags override it."""
 
@@ -167,7 +168,8 @@ _DEMO += ["--epochs=40", "--lr=0.1", "--label-smoothing=0.1"]
 # How a run was started, not what it is: left out of its config.yaml, so that the file repeats the run elsewhere.
 _NOT_STORED = ("output", "resume", "overwrite", "override", "config")
 # What a resumed run must share with the run it continues.
-_FIXED = ("val_fraction", "augment", "image_size", "name", "train", "batch_size", "optimizer", "seed")
+_OVERRIDABLE = ("augment", "image_size", "batch_size", "seed")  # the others would be refused by the checkpoint itself
+_FIXED = (*_OVERRIDABLE, "val_fraction", "name", "train", "optimizer")
 
 
 def parse(description: str = "", arguments: list[str] | None = None) -> Config:
@@ -264,6 +266,17 @@ def _flag(f: dataclasses.Field) -> str:
     return "--model" if f.name == "name" else "--" + f.name.replace("_", "-")
 
 
+@contextmanager
+def no_broken_pipe() -> Iterator[None]:
+    """What is printed has a reader that may have seen enough, as in `--help | head`: then the program is done."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
 def speaks() -> bool:
     """Whether this process talks to the user: the first of those on a machine, which share a command line."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
@@ -271,8 +284,9 @@ def speaks() -> bool:
 
 def _parse(arguments: list[str], description: str) -> Config:
     quiet = nullcontext() if speaks() else redirect_stderr(io.StringIO())
-    with quiet:
-        return tyro.cli(Config, args=arguments, description=description, config=(tyro.conf.OmitArgPrefixes,))
+    with quiet, no_broken_pipe():
+        lines = "\n\n".join(filter(None, description.splitlines()))  # else they are joined to one
+        return tyro.cli(Config, args=arguments, description=lines, config=(tyro.conf.OmitArgPrefixes,))
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -328,10 +342,12 @@ def _check_resume(stored: dict[str, Any], config: Config) -> None:
             new = now.get(group, {}).get(name)
             if new == value:
                 continue
-            if name in _FIXED and not config.run.override:
+            if name in _FIXED and not (name in _OVERRIDABLE and config.run.override):
+                flag = "--model" if name == "name" else "--" + name.replace("_", "-")
+                other = "insist with --override" if name in _OVERRIDABLE else "let that begin with its --weights"
                 raise UsageError(
-                    f"--resume: the run has {name} {value!r}, the command line {new!r}. Leave the flag away to "
-                    "continue it as it is, start a new run with --output, or insist with --override."
+                    f"--resume: the run has {name} {value!r}, the command line {new!r}. Leave {flag} away to continue "
+                    f"it as it is, leave --resume away to start a new run, or {other}."
                 )
             with suppress(OSError):  # nobody listens: no reason to stop
                 print(f"resume: {name}: {value} → {new}")

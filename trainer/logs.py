@@ -56,19 +56,15 @@ class Logs:
         done = (trainer.samples - trainer.epoch * trainer.plan.samples) // trainer.plan.batch_size
         steps = trainer.plan.steps_per_epoch
         self._bar = tqdm(desc=title, initial=done, total=steps, leave=False, disable=quiet)
-        self._began, self._start, self._shown, self._mark = (
-            time.perf_counter(),
-            trainer.samples,
-            0.0,
-            trainer.totals.sums(),
-        )
+        self._began = self._trained = time.perf_counter()
+        self._start, self._shown, self._mark = trainer.samples, 0.0, trainer.totals.sums()
 
     def after_step(self, trainer: Trainer) -> None:
         """Show progress, at most twice a second, and a point of the curves every few steps."""
         if not self.accelerator.is_main_process:
             return
         self._quietly(self._bar.update)
-        now = time.perf_counter()
+        self._trained = now = time.perf_counter()
         if not self._bar.disable and now - self._shown > 0.5:  # sums are a copy from the device: not every step
             shown = {name: f"{value:.4f}" for name, value in means(trainer.totals.sums()).items()}
             rate = (trainer.samples - self._start) / (now - self._began)
@@ -92,7 +88,8 @@ class Logs:
         self._quietly(self._bar.close)
         train, val = trainer.metrics["train"], trainer.metrics["val"]
         seconds = time.perf_counter() - self._began
-        rate = (trainer.samples - self._start) / seconds
+        # Of training, without the evaluation; 0 where a resumed run had only that left to do.
+        rate = (trainer.samples - self._start) / max(self._trained - self._began, 1e-9)
         parts = [f"epoch {trainer.epoch:>{len(str(self.epochs))}}/{self.epochs}"]
         for title, values in (("train", train), ("val", val)):
             parts.append(" ".join([title, *(f"{name} {value:.4f}" for name, value in values.items())]))

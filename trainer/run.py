@@ -356,6 +356,11 @@ def stored_config(resume: str, output: str | None, name: str) -> dict[str, Any]:
         return checkpoint.read(folder)["config"]
     path = folder / "config.yaml"
     if not path.exists():
+        if (folder / "checkpoints").exists():
+            from trainer import checkpoint
+
+            if newest := checkpoint.newest(folder / "checkpoints"):
+                return checkpoint.read(newest)["config"]
         if resume == "auto":
             return {}
         raise UsageError(f"--resume {resume} is neither a checkpoint nor the folder of a run: it has no config.yaml.")

@@ -121,6 +121,11 @@ class BatchPlan:
         return self.batch_size // (self.micro_batch * self.processes)
 
     @property
+    def smallest(self) -> int:
+        """Images in the smallest micro-batch of an epoch."""
+        return self.samples % self.batch_size % self.micro_batch or min(self.micro_batch, self.samples)
+
+    @property
     def steps_per_epoch(self) -> int:
         """Windows of an epoch; the last may be shorter, none is dropped."""
         return -(-self.samples // self.batch_size)
@@ -141,12 +146,15 @@ class BatchPlan:
             yield order[first : first + self.batch_size]
 
     def share(self, window: list[int], *, rank: int, filler: bool = True) -> list[Micro]:
-        """The micro-batches of one process; with `filler` at least one, so that it can take part in the reduction."""
+        """The micro-batches of one process; with `filler` at least one, so that it can take part in the reduction.
+
+        A filler has two images: a BatchNorm that trains refuses one.
+        """
         micros = [
             Micro(number, window[first : first + self.micro_batch], True)
             for number, first in enumerate(range(0, len(window), self.micro_batch))
         ]
-        return micros[rank :: self.processes] or [Micro(len(micros), window[:1], False)] * filler
+        return micros[rank :: self.processes] or [Micro(len(micros), window[:2], False)] * filler
 
     def eval_batches(self, samples: int, *, rank: int) -> list[list[int]]:
         """The batches of `range(samples)` that this process evaluates: together, each sample exactly once."""

@@ -9,7 +9,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -94,7 +94,9 @@ class Trainer:
         self._outputs_checked = self._epoch_trained = self._settled = False
         self._skipped_in_a_row = 0
         self._scaler_state: dict[str, Any] | None = None  # carried through a part of the run without a scaler
-        if exact and (buffers := trained_tensors(model).keys() - self.trainable.keys()):
+        buffers = trained_tensors(model).keys() - self.trainable.keys()
+        self._one_to_try = bool(buffers) and plan.smallest == 1
+        if buffers and exact:
             raise UsageError(
                 "--exact: a BatchNorm that trains keeps statistics of the batches that its own process saw, here "
                 f"{min(buffers)}. Leave it frozen (--train without it), or train without --exact."
@@ -114,6 +116,7 @@ class Trainer:
 
         Raises:
             NumericalError: a loss or gradient is not finite; nothing has been updated by it, on any process.
+            UsageError: a BatchNorm that trains cannot take the smallest micro-batch, of one image.
         """
         assert not self._epoch_trained, f"epoch {self.epoch + 1} is trained; finish_epoch() begins the next"
         start = self.samples - self.epoch * self.plan.samples  # not 0 if a checkpoint was written in mid-epoch
@@ -122,6 +125,8 @@ class Trainer:
         shares = [self.plan.share(window, rank=rank, filler=not self.exact) for window in windows]
         batches = source.batches([micro.indices for share in shares for micro in share], epoch=self.epoch)
         self.tail.train()
+        if windows and self._one_to_try:
+            batches = self._try_one(batches)
         if windows and self.accelerator.num_processes > 1 and not (self.exact or self._settled):
             batches = self._settle(shares[0][0], batches)
         for window, share in zip(windows, shares, strict=True):
@@ -138,9 +143,7 @@ class Trainer:
 
     def _update(self, window: list[int], share: list[Micro], batches: Iterator[Batch]) -> None:
         """One optimizer step: forward and backward of this process's micro-batches, reduction, update."""
-        # The rate at the middle of the window: neither the first step of a warm-up nor the last of a decay is zero.
-        done = self.samples - self.skipped_samples + len(window) / 2
-        self.rate = self.lr(done / (self.epochs * self.plan.samples))
+        self.rate = self._rate_of(self.samples - self.skipped_samples, len(window))
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
 
@@ -168,6 +171,10 @@ class Trainer:
         if self._skipped_in_a_row == _MOST_SKIPS:
             self._stop_on(f"the GradScaler skipped {_MOST_SKIPS} steps in a row", window)
 
+    def _rate_of(self, done: int, size: int) -> float:
+        """The rate at the middle of a window: neither the first step of a warm-up nor the last of a decay is zero."""
+        return self.lr((done + size / 2) / (self.epochs * self.plan.samples))
+
     def _backward(self, micro: Micro, batch: Batch, *, scale: float) -> None:
         """Forward and backward of one micro-batch; adds `scale` times the sum of its losses to the gradient."""
         seed_all(random_key(self.seed, "step", self.step, micro.number))
@@ -187,12 +194,24 @@ class Trainer:
         resume would have other bits than the same step of a run that was not interrupted.
         """
         first = next(batches)
-        buffers = {name: value.clone() for name, value in self.tail.named_buffers()}
-        self._backward(micro._replace(counts=False), first, scale=0.0)
+        with _same_buffers(self.tail):
+            self._backward(micro._replace(counts=False), first, scale=0.0)
         self.optimizer.zero_grad()
-        for name, value in self.tail.named_buffers():  # a BatchNorm that trains has seen the batch
-            value.copy_(buffers[name])
         self._settled = True
+        return chain([first], batches)
+
+    def _try_one(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        """Find out now, not at the end of the epoch, whether the tail can train on one image; gives the batches."""
+        first = next(batches)
+        try:
+            with torch.no_grad(), _same_buffers(self.tail):
+                self.accelerator.unwrap_model(self.tail)(*(tensor[:1] for tensor in first["inputs"]))
+        except ValueError as error:
+            raise UsageError(
+                f"a BatchNorm that trains cannot take the last micro-batch of an epoch, which has one image: {error} "
+                f"({self.plan}). Choose another --batch-size or --micro-batch, or leave BatchNorm frozen."
+            ) from error
+        self._one_to_try = False
         return chain([first], batches)
 
     def _reduce_in_order(self, window: list[int], share: list[Micro], batches: Iterator[Batch]) -> None:
@@ -368,6 +387,21 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(self._scaler_state)
         self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
         self.skipped_samples, self.metrics = state["skipped_samples"], state["metrics"]
+        if self.samples:
+            last = (self.samples % self.plan.samples or self.plan.samples) % self.plan.batch_size
+            last = last or self.plan.batch_size
+            self.rate = self._rate_of(self.samples - self.skipped_samples - last, last)
         main = self.accelerator.is_main_process  # the sums of all, on any number of processes: one goes on from them
         self.totals = Totals(self.accelerator.device, start=state["totals"] if main else None)
         self._epoch_trained = False
+
+
+@contextmanager
+def _same_buffers(module: nn.Module) -> Iterator[None]:
+    """What is tried on a module does not count: a BatchNorm that trains has not seen it."""
+    before = {name: value.clone() for name, value in module.named_buffers()}
+    try:
+        yield
+    finally:
+        for name, value in module.named_buffers():
+            value.copy_(before[name])
