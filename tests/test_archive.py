@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 import zipfile
@@ -27,7 +28,11 @@ def test_hostile_files_run_nothing_allocate_nothing_and_write_nothing(tmp_path, 
     hostile.main(tmp_path)
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "hostile.py"), str(tmp_path)],
-        env={"PYTHONPATH": str(ROOT), "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": override, "PATH": ""},
+        env={
+            "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}",
+            "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD": override,
+            "PATH": "",
+        },
         capture_output=True,
         text=True,
     )
