@@ -7,6 +7,7 @@ accelerate launch --config_file accelerate_configs/gpu.yaml train.py --data ~/ph
 """
 
 from functools import partial
+from pathlib import Path
 
 import trainer
 from trainer.config import Config, default_name, parse, resumed, to_dict
@@ -47,13 +48,23 @@ def main(config: Config) -> None:
 
     # Freeze, then cut: the trunk runs in eval mode, outside autograd; the tail is what is trained, saved and resumed.
     freeze_plan = trainer.freeze(network, model.train, head=backbone.head)
-    parts = trainer.split_model(network, normalize(val_set[0, 0]["image"][None].to(accelerator.device)))
+    sample = normalize(val_set.some(8).to(accelerator.device))
+    parts = trainer.split_model(network, sample[:1])
     plan = trainer.BatchPlan(len(train_set), optim.batch_size, optim.micro_batch, accelerator.num_processes)
     say(f"data    {data.data}: {len(train_set):,} training, {len(val_set):,} validation images, {len(classes)} classes")
     if any(skipped):
         say(f"        {sum(map(len, skipped))} images that cannot be read are left out")
     say(f"model   {model.name} at {spec.size} px, {backbone.origin}")
     say(f"train   {freeze_plan}", f"split   {parts}", f"batch   {plan}")
+
+    # The trunk's output is a function of the image alone: what is not augmented goes through it once.
+    place = {"folder": Path(run.cache_dir or folder.path / "features").expanduser(), "memory": run.cache_memory}
+    place |= {"lasting": run.cache_dir is not None, "batch": plan.micro_batch if run.exact else 64}
+    features = trainer.Features(accelerator, parts.trunk, normalize, sample, **place, **loading)
+    train = features.stream(train_set, views=1 if data.augment == "none" else data.views)
+    val = features.stream(val_set, views=1)
+    say(*features.plan(train, val, epochs=optim.epochs, micro=plan.micro_batch, compile=model.compile))
+    model.compile = "on" if features.compiled else "off"  # a resumed run must not find otherwise
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     say(f"run     {folder.path}, on {accelerator.device.type} in {precision}")
     trainer.agree(accelerator, data=train_images.digest, validation=val_images.digest)
@@ -63,7 +74,12 @@ def main(config: Config) -> None:
         network,
         parts.tail,
         trainer.build_optimizer(
-            network, optim.optimizer, lr=optim.lr, weight_decay=optim.weight_decay, momentum=optim.momentum
+            network,
+            optim.optimizer,
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            momentum=optim.momentum,
+            fused=accelerator.scaler is None,
         ),
         plan=plan,
         lr=partial(trainer.learning_rate, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup),
@@ -96,9 +112,6 @@ def main(config: Config) -> None:
     )
     loop.metrics |= {"best": trainer.from_main(accelerator, begin)}
 
-    # Features. The trunk's output is a function of the image alone: what is not augmented goes through it once.
-    through = partial(trainer.Stream, trunk=parts.trunk, normalize=normalize, accelerator=accelerator, **loading)
-    train, val = through(train_set), through(val_set)
     logs = trainer.Logs(accelerator, folder.path, epochs=optim.epochs, step=loop.step)
 
     def after_step(loop: trainer.Trainer) -> None:
@@ -111,10 +124,7 @@ def main(config: Config) -> None:
             loop.check_frozen()
 
     with folder.outcome(loop, guard, name_of=train_images.name, keep=run.keep):
-        if parts.has_trunk:
-            kept = partial(trainer.keep, plan=plan, limit=run.cache_memory, between=guard.check)
-            val = kept(val, name="val")
-            train = kept(train, name="train") if data.augment == "none" else train
+        val, train = (features.keep(part, between=guard.check) for part in (val, train))
         while not done():
             logs.start_epoch(loop)
             train_means = loop.train_epoch(train, after_step=after_step)
@@ -128,6 +138,7 @@ def main(config: Config) -> None:
             loop.save(folder.checkpoints, best=best, keep=run.keep)
         loop.check_frozen()
     logs.close()
+    features.close()
     if loop.epoch < optim.epochs:
         say(f"stopped early: no better validation accuracy for {optim.patience} epochs")
     say(f"done: best validation accuracy {loop.metrics['best']['accuracy']:.2%}; {folder.checkpoints / 'best.pt'}")

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from trainer.bad_images import check_images
     from trainer.data import Normalize, eval_transform, load_data, train_transform
     from trainer.errors import CheckpointError, DataError, NumericalError, UsageError
-    from trainer.features import Kept, Stream, keep
+    from trainer.features import Features, Kept, Stream
     from trainer.freezing import FreezePlan, fingerprint, freeze, frozen_tensors, trained_tensors
     from trainer.loading import Loaded, load
     from trainer.logs import Logs
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from trainer.split import Split, split_model
     from trainer.steps import classification
     from trainer.trainer import Trainer
+    from trainer.trunk import FastTrunk
     from trainer.watch import Watch
     from trainer.weights import Match, Report
 
@@ -42,7 +43,7 @@ _HOME = {
     "bad_images": ("check_images",),
     "data": ("Normalize", "eval_transform", "load_data", "train_transform"),
     "errors": ("CheckpointError", "DataError", "NumericalError", "UsageError"),
-    "features": ("Kept", "Stream", "keep"),
+    "features": ("Features", "Kept", "Stream"),
     "freezing": ("FreezePlan", "fingerprint", "freeze", "frozen_tensors", "trained_tensors"),
     "loading": ("Loaded", "load"),
     "logs": ("Logs",),
@@ -64,6 +65,7 @@ _HOME = {
     "split": ("Split", "split_model"),
     "steps": ("classification",),
     "trainer": ("Trainer",),
+    "trunk": ("FastTrunk",),
     "watch": ("Watch",),
     "weights": ("Match", "Report"),
 }

@@ -41,7 +41,8 @@ _MOST_FAILURES = 3  # saves in a row
 #   totals       sums of the metrics over the samples used in the epoch under way; empty between epochs
 #   metrics      {"train": {...}, "val": {...}, "best": {...}} of the last finished epoch
 #   fingerprint  {name: sha256}: the frozen tensors, which the file does not hold
-#   compute      {"device": type, "precision": of autocast, "micro_batch": images}: what decides the last digits
+#   compute      {"device": type, "precision": of autocast, "micro_batch": images, "trunk_batch": images in a forward of
+#                the trunk in evaluations}: what decides the last digits
 #   data         {"training": digest, "validation": digest, "skipped": [keys of training images left out, validation]}
 #   freeze_plan, classes, base, config         how to build the model again, and the run
 KEYS = {

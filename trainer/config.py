@@ -40,6 +40,8 @@ class DataConfig:
     augment: Literal["none", "flip", "crop"] = "crop"
     """none: resize and centre crop; flip: with a random mirror image; crop: random resized crop and mirror image. The
     demo uses none."""
+    views: int | None = None
+    """Augmented views of each training image, drawn once and used in turn, epoch by epoch; None: a new one each epoch."""
     image_size: int | None = None
     """Side of the square the model sees, in pixels; None: the one its weights were trained with. The demo uses 64."""
     workers: int | None = None
@@ -56,6 +58,8 @@ class ModelConfig:
 
     name: Annotated[str, tyro.conf.arg(name="model")] = "resnet18"
     """A torchvision classification model, by its torchvision name."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the frozen trunk (torch.compile); auto: if it saves more time than it takes, by a measurement."""
     weights: str = "default"
     """default (torchvision's best), none (random), the name of a torchvision weights entry such as IMAGENET1K_V2, a
     file or a checkpoint of a run, or a URL. The demo uses none."""
@@ -139,7 +143,9 @@ class RunConfig:
     keep: int = 2
     """Newest checkpoints to keep, at least 2; the best one is kept besides."""
     cache_memory: float = 2.0
-    """GiB of memory per process for features of the frozen trunk; what does not fit is computed each epoch."""
+    """GiB of memory per process for features of the frozen trunk; what does not fit goes to a file."""
+    cache_dir: str | None = None
+    """Folder where features are kept for other runs; None: the run's own, and they are deleted at its end."""
     output: str | None = None
     """Folder of the run; None: runs/DATA-MODEL, numbered if that is taken."""
     resume: str | None = None
@@ -168,7 +174,7 @@ _DEMO += ["--epochs=40", "--lr=0.1", "--label-smoothing=0.1"]
 # How a run was started, not what it is: left out of its config.yaml, so that the file repeats the run elsewhere.
 _NOT_STORED = ("output", "resume", "overwrite", "override", "config")
 # What a resumed run must share with the run it continues.
-_OVERRIDABLE = ("augment", "image_size", "batch_size", "seed")  # the others would be refused by the checkpoint itself
+_OVERRIDABLE = ("augment", "views", "image_size", "batch_size", "seed")  # the others would be refused by the checkpoint itself
 _FIXED = (*_OVERRIDABLE, "val_fraction", "name", "train", "optimizer")
 
 
@@ -361,6 +367,7 @@ def _check(config: Config) -> None:
         ("weights-first", m.weights_first, m.weights_first is None or m.weights_first >= 1, "at least 1 entry"),
         ("weights-coverage", m.weights_coverage, 0 <= m.weights_coverage <= 1, "a share, 0 to 1"),
         ("val-fraction", d.val_fraction, 0 < d.val_fraction < 1, "between 0 and 1"),
+        ("views", d.views, d.views is None or d.views >= 1, "at least 1"),
         ("image-size", d.image_size, d.image_size is None or d.image_size > 0, "at least 1 pixel"),
         ("workers", d.workers, d.workers is None or d.workers >= 0, "0 or more processes"),
         ("epochs", o.epochs, o.epochs >= 1, "at least 1"),

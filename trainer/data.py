@@ -70,6 +70,11 @@ class Images:
         return sha256.hexdigest()[:16]
 
 
+    def stamp(self) -> str:
+        """As `digest`, and it changes when a file does: what features that were kept are found again by."""
+        return self.digest()
+
+
 class Subset(Images):
     """The images at `indices` of another source, in that order."""
 
@@ -85,6 +90,9 @@ class Subset(Images):
 
     def key(self, index: int) -> str:
         return self.images.key(self.indices[index])
+
+    def stamp(self) -> str:
+        return hashlib.sha256(repr((self.images.stamp(), self.indices)).encode()).hexdigest()
 
 
 def load_data(
@@ -229,6 +237,13 @@ class FolderImages(Images):
     def key(self, index: int) -> str:
         return printable(self._below(index))
 
+    def stamp(self) -> str:
+        sha256 = hashlib.sha256(repr((self.classes, self.labels)).encode())
+        for index in range(len(self)):
+            status = os.stat(self.path(index))
+            sha256.update(f"{self.key(index)} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return sha256.hexdigest()
+
 
 def _load_folder(folder: str) -> tuple[Images, Images | None]:
     if not _has_folders(os.path.join(folder, "train")):  # a class may have that name, too
@@ -333,6 +348,9 @@ class Digits(Images):
 
     def name(self, index: int) -> str:
         return f"digits[{index}]"
+
+    def stamp(self) -> str:
+        return hashlib.sha256(self.images.tobytes()).hexdigest()
 
 
 _FLAG = {"train": True}, {"train": False}

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from trainer import loading
 from trainer.data import Images, load_data, load_test
 from trainer.errors import DataError
-from trainer.features import Source, Stream
+from trainer.features import Features, Source
 from trainer.metrics import Totals, means
 from trainer.processes import cores_per_process, in_turn, say, start
 from trainer.sampling import BatchPlan, KeyedDataset
@@ -99,10 +99,14 @@ def evaluate_run(
 
     dataset = KeyedDataset(images, images.labels, loaded.transform.resize, seed=0)
     normalize = loaded.transform.normalize
-    parts = split_model(loaded.model, normalize(dataset[0, 0]["image"][None].to(accelerator.device)))
+    sample = normalize(dataset.some(8).to(accelerator.device))
+    parts = split_model(loaded.model, sample[:1])
     workers = cores_per_process(accelerator) if workers is None else workers
-    stream = Stream(dataset, trunk=parts.trunk, normalize=normalize, accelerator=accelerator, workers=workers)
     ranks, micro = accelerator.num_processes, compute["micro_batch"]
+    batch = compute.get("trunk_batch", micro)
+    features = Features(accelerator, parts.trunk, normalize, sample, batch=batch, workers=workers)
+    stream = features.stream(dataset, views=1)
+    features.plan(stream, stream, epochs=1, micro=micro, compile=config["model"].get("compile", "off"))
     plan = BatchPlan(max(len(dataset), ranks), micro * ranks, micro, ranks)
     tail = accelerator.unwrap_model(accelerator.prepare_model(parts.tail, evaluation_mode=True))  # in its precision
     plain, seen = classification(), []
@@ -114,7 +118,7 @@ def evaluate_run(
 
     quiet = None if accelerator.is_main_process else True  # None: quiet unless on a terminal
     with tqdm(total=len(plan.eval_batches(len(dataset), rank=0)), leave=False, disable=quiet) as bar:
-        found = evaluate(accelerator, tail, stream, plan=plan, step=step, between=lambda: bar.update() and None)
+        found = evaluate(accelerator, tail, features.keep(stream), plan=plan, step=step, between=lambda: bar.update() and None)
     seen = gather_object(seen) if ranks > 1 else seen
     rows = {name: torch.cat([values[name] for values in seen]) for name in seen[0]}
     label = rows.pop("label")

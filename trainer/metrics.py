@@ -7,6 +7,8 @@ from torch import Tensor
 
 _UNIT = 2.0**-24  # values are rounded to multiples of this: below the precision of a float32 of size 1
 
+_BATCHES = 64
+
 Sums = dict[str, float]  # of each metric over its samples, and their number under "samples"
 
 
@@ -25,12 +27,21 @@ class Totals:
         self._dtype = torch.float32 if device.type == "mps" else torch.float64
         self._names = sorted(start or {})
         self._sums = torch.tensor([(start or {})[name] for name in self._names], dtype=self._dtype, device=device)
+        self._waiting: list[dict[str, Tensor]] = []
 
     def add(self, values: dict[str, Tensor]) -> None:
         """Add one batch: vectors of shape `[B]`, the same names each time."""
-        size = len(next(iter(values.values())))
-        rows = {name: self._exact(value.detach()) for name, value in values.items()}
-        rows["samples"] = self._sums.new_full((), size)
+        self._waiting.append({name: value.detach() for name, value in values.items()})
+        if len(self._waiting) == _BATCHES:  # summed together: for a small head, the sums would be half of a step
+            self._sum()
+
+    def _sum(self) -> None:
+        if not self._waiting:
+            return
+        vectors = {name: torch.cat([values[name] for values in self._waiting]) for name in self._waiting[0]}
+        self._waiting.clear()
+        rows = {name: self._exact(vector) for name, vector in vectors.items()}
+        rows["samples"] = self._sums.new_full((), len(next(iter(vectors.values()))))
         names = sorted(rows)
         row = torch.stack([rows[name] for name in names])
         self._sums = self._sums + row if self._names else row
@@ -43,6 +54,7 @@ class Totals:
 
     def sums(self) -> Sums:
         """The sums (one host copy); empty before the first batch."""
+        self._sum()
         return dict(zip(self._names, self._sums.tolist(), strict=True))
 
     def over_processes(self, accelerator: Accelerator) -> Sums:

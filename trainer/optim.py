@@ -18,6 +18,7 @@ def build_optimizer(
     lr: float = 1e-3,
     weight_decay: float = 0.01,
     momentum: float = 0.9,
+    fused: bool = False,
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101) or SGD over the trainable parameters alone.
 
@@ -27,6 +28,7 @@ def build_optimizer(
         lr: peak learning rate; the trainer sets the rate of each step.
         weight_decay: on matrices and kernels; biases and norms, which have one dimension, get none.
         momentum: of SGD; AdamW uses torch's betas (0.9, 0.999).
+        fused: one kernel for all parameters of a group. Not with a GradScaler: accelerate would miss the steps it skips.
 
     Raises:
         UsageError: unknown kind, or nothing to train.
@@ -40,9 +42,9 @@ def build_optimizer(
     ]
     groups = [group for group in groups if group["params"]]
     if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr)
+        return torch.optim.AdamW(groups, lr=lr, fused=fused)
     if kind == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum)
+        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
     raise UsageError(f"unknown optimizer {kind!r}; expected one of {', '.join(OPTIMIZERS)}.")
 
 

@@ -70,10 +70,11 @@ class Preemption:
         if self._limit is not None and now - run.BEGAN + max(2 * self._longest, 0.05 * self._limit) > self._limit:
             self._reason = self._reason or "time limit"
         save = self._save_interval is not None and now - self._saved > self._save_interval
-        flags = torch.tensor([bool(self._reason), save], dtype=torch.int32)
+        stop = bool(self._reason)
         if self.accelerator.num_processes > 1:
+            flags = torch.tensor([stop, save], dtype=torch.int32)
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
-        stop, save = flags.tolist()
+            stop, save = flags.tolist()
         if stop:
             raise Preempted(self._reason or "another process was told to stop")
         if save:

@@ -115,6 +115,11 @@ def in_turn(accelerator: Accelerator, function: Callable[[], T]) -> T:
     return result
 
 
+def gather(accelerator: Accelerator, value: T) -> list[T]:
+    """The values of all processes, in their order (a collective)."""
+    return gather_object([value]) if accelerator.num_processes > 1 else [value]
+
+
 def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
     """Raise on every process if any process has an error: its own, or the first of the others' (a collective)."""
     if accelerator.num_processes == 1:

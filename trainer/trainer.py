@@ -95,6 +95,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._scaler_state: dict[str, Any] | None = None  # carried through a part of the run without a scaler
         buffers = trained_tensors(model).keys() - self.trainable.keys()
+        self._trunk_batch = plan.micro_batch
         self._one_to_try = bool(buffers) and plan.smallest == 1
         if buffers and exact:
             raise UsageError(
@@ -157,8 +158,11 @@ class Trainer:
 
         # Reduced gradients are the same on every process, so is their norm, and so is this decision. With a scaler
         # an infinite norm is expected now and then: it skips the update and lowers its scale.
-        norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.clip_norm or math.inf)
-        if self.accelerator.scaler is None and not torch.isfinite(norm):
+        if self.clip_norm or self.accelerator.scaler is not None:
+            norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.clip_norm or math.inf)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
+        if self.accelerator.scaler is None and not math.isfinite(norm):
             self._stop_on("the gradient is not finite", window)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -294,6 +298,7 @@ class Trainer:
         """
         model = self.accelerator.unwrap_model(self.tail)  # the wrapper would wait for processes that have no batch left
         self._agree_on_buffers()
+        self._trunk_batch = getattr(source, "batch", None) or self.plan.micro_batch
         return evaluate(self.accelerator, model, source, plan=self.plan, step=self.step_function, between=between)
 
     @torch.no_grad()
@@ -317,7 +322,7 @@ class Trainer:
         totals = self.totals.over_processes(self.accelerator)
         scaler = self.accelerator.scaler
         return {
-            "model": {name: tensor.detach().cpu().clone() for name, tensor in trained_tensors(self.model).items()},
+            "model": {name: tensor.detach().cpu().contiguous().clone() for name, tensor in trained_tensors(self.model).items()},
             "optimizer": checkpoint.optimizer_state(self.optimizer.optimizer, self.model),
             "scaler": self._scaler_state if scaler is None else scaler.state_dict(),
             "epoch": self.epoch,
@@ -331,6 +336,7 @@ class Trainer:
                 "device": self.accelerator.device.type,
                 "precision": self.accelerator.mixed_precision,
                 "micro_batch": self.plan.micro_batch,
+                "trunk_batch": self._trunk_batch,
             },
             "fingerprint": self.fingerprint,
             **self.about,

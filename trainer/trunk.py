@@ -1,0 +1,160 @@
+"""The trunk at full speed.
+
+What runs is a copy of it: BatchNorm folded into the convolutions before it, channels last, in bf16 where the launcher says
+bf16, compiled where that pays. The model that is trained, saved, exported and fingerprinted stays as it is.
+"""
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from copy import deepcopy
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, fx, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from trainer.freezing import digest, lock_eval
+from trainer.processes import from_main, gather
+
+# How far the features may be from those of the plain trunk, as a share of their 2-norm: bf16 has 8 bits, and every
+# layer rounds.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
+# What compiling costs, in seconds, and the share of the time that it leaves: typical, for a prediction.
+_COMPILE_SECONDS, _COMPILED_SHARE = 60.0, 0.75
+
+log = logging.getLogger(__name__)
+
+
+class FastTrunk(nn.Module):
+    """Gives what a trunk gives, faster: float `[B, 3, S, S]` → tuple of tensors `[B, ...]`, without autograd.
+
+    Args:
+        accelerator: for the precision.
+        trunk: frozen, in eval mode; not changed.
+        sample: a few images as the trunk gets them, to compare the two on, and to measure.
+
+    Attributes:
+        what: how it differs from the plain one, for people.
+        seconds: what an image takes.
+    """
+
+    def __init__(self, accelerator: Accelerator, trunk: nn.Module, sample: Tensor):
+        super().__init__()
+        self.accelerator = accelerator
+        self._plain = [trunk]  # in a list: no part of this module
+        self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        self.module: nn.Module | None = None
+        self._compiled, self._shape = None, None
+        self.what = "as it is"
+        if accelerator.mixed_precision != "fp16":  # its range is too small for some trunks: autocast knows where
+            self._fold(trunk, sample)
+        self.seconds = self._time(sample)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        # no_grad, not inference_mode: autograd refuses to save inference tensors for the tail's backward.
+        with torch.no_grad():
+            if self.module is None:
+                with self.accelerator.autocast():
+                    return self._plain[0](images)
+            images = images.to(self.dtype, memory_format=torch.channels_last)
+            # Compiled for one shape: the last batch, which is smaller, is not worth another compilation.
+            run = self._compiled if images.shape == self._shape else self.module
+            return run(images)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether `compile` has compiled it."""
+        return self._compiled is not None
+
+    def fingerprint(self) -> str:
+        """A hash of its code, its tensors and how it runs: of all that its features depend on, but the images."""
+        plain = self._plain[0]
+        sha256 = hashlib.sha256(f"{self.what} {self.dtype} {plain} {getattr(plain, 'code', '')}".encode())
+        for name, tensor in plain.state_dict().items():
+            sha256.update(f"{name} {digest(tensor)}".encode())
+        return sha256.hexdigest()
+
+    def compile(self, shape: torch.Size, *, images: float | None = None) -> bool:
+        """Compile it (`torch.compile`) for batches of one shape; says whether it is compiled now (a collective).
+
+        Args:
+            shape: `[B, 3, S, S]`.
+            images: how many are to come: too few do not pay for it. None: compile in any case.
+        """
+        if self.module is None:
+            return False
+        eager, good = self.seconds, True
+        saves = images is None or images * eager * (1 - _COMPILED_SHARE) > _COMPILE_SECONDS
+        if not from_main(self.accelerator, lambda: saves):  # clocks differ between processes, decisions must not
+            return False
+        sample = torch.rand(shape, device=next(self.module.parameters()).device)
+        expected = self(sample)
+        try:
+            self._compiled, self._shape = torch.compile(self.module), sample.shape
+            _check(self(sample), expected, _TOLERANCE[self.dtype])
+            self.seconds = self._time(sample)
+        except Exception as error:  # no C++ compiler, an operation that it does not know
+            log.warning("the trunk is not compiled: %s", str(error).strip().splitlines()[0])
+            good = False
+        faster = images is None or self.seconds < eager
+        if all(gather(self.accelerator, good)) and from_main(self.accelerator, lambda: faster):
+            self.what += ", compiled"
+            return True
+        self._compiled, self._shape, self.seconds = None, None, eager
+        return False
+
+    def _fold(self, trunk: nn.Module, sample: Tensor) -> None:
+        expected = self(sample)
+        try:
+            self.module, folded = folded_copy(trunk)
+            self.module.to(dtype=self.dtype, memory_format=torch.channels_last)
+            _check(self(sample), expected, _TOLERANCE[self.dtype])
+            self.what = f"{folded} BatchNorms folded, channels last, {str(self.dtype).removeprefix('torch.')}"
+        except Exception as error:  # fx fails in many ways on code that it cannot follow
+            log.info("the trunk runs as it is: %s", error)
+            self.module = None
+
+    def _time(self, sample: Tensor, repeats: int = 2) -> float:
+        """Seconds for an image of `sample`: the least of some."""
+        found = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            for value in self(sample):
+                value.flatten()[0].item()  # waits for the device
+            found.append(time.perf_counter() - began)
+        return min(found) / len(sample)
+
+
+def _check(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: float) -> None:
+    for one, other in zip(found, expected, strict=True):
+        distance = (one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-12)
+        if not distance < tolerance:
+            raise ArithmeticError(f"its features are off by {distance:.1e} of their norm")
+
+
+def folded_copy(trunk: nn.Module) -> tuple[fx.GraphModule, int]:
+    """A copy of a frozen module with BatchNorm folded into the convolutions before it, and how many were.
+
+    W' = γ / √(σ² + ε) · W, b' = γ / √(σ² + ε) · (b − μ) + β (Jacob et al., 2018, https://arxiv.org/abs/1712.05877).
+    """
+    copy = deepcopy(fx.symbolic_trace(trunk))
+    modules = dict(copy.named_modules())
+    uses = Counter(node.target for node in copy.graph.nodes if node.op == "call_module")
+    folded = 0
+    for node in list(copy.graph.nodes):
+        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
+            continue
+        before = node.args[0]
+        if before.op != "call_module" or not isinstance(modules[before.target], nn.Conv2d):
+            continue
+        if len(before.users) == uses[before.target] == uses[node.target] == 1:
+            copy.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
+            node.replace_all_uses_with(before)
+            copy.graph.erase_node(node)
+            folded += 1
+    copy.delete_all_unused_submodules()
+    copy.recompile()
+    lock_eval(copy)
+    return copy, folded
