@@ -12,7 +12,6 @@ import os
 import pickle
 import random
 import struct
-import subprocess
 import sys
 import threading
 import types
@@ -281,12 +280,13 @@ def test_bombs(tmp_path, monkeypatch):
         decode(path)
 
 
-def test_warnings_of_pillow_do_not_get_out(tmp_path):
+def test_warnings_of_pillow_do_not_get_out(program, tmp_path):
     """In a process of its own, as pytest puts its filters before those of the module."""
     path = write(tmp_path / "large.png", size=(4, 4))
-    code = "from PIL import Image; from trainer.data import decode; Image.MAX_IMAGE_PIXELS = 10; "
-    code += f"assert decode({str(path)!r}).shape == (3, 4, 4)"
-    done = subprocess.run([sys.executable, "-W", "error::RuntimeWarning", "-c", code], capture_output=True, text=True)
+    code = "import warnings; from PIL import Image; from trainer.data import decode; Image.MAX_IMAGE_PIXELS = 10; "
+    code += "warnings.simplefilter('error', RuntimeWarning, append=True); "
+    (tmp_path / "code.py").write_text(code + f"assert decode({str(path)!r}).shape == (3, 4, 4)")
+    done = program(target=tmp_path / "code.py", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -2,7 +2,7 @@ import os
 
 import pytest
 import torch
-from conftest import ROOT, launch
+from conftest import ROOT
 
 from trainer import processes
 from trainer.errors import DataError, UsageError
@@ -55,8 +55,8 @@ def test_cores_are_shared(monkeypatch):
     assert processes.cores_per_process(accelerator) == 1
 
 
-def test_two_processes_take_turns_and_fail_together(tmp_path):
-    done = launch(ROOT / "tests" / "processes_script.py", cwd=tmp_path, config="cpu_x2")
+def test_two_processes_take_turns_and_fail_together(program, tmp_path):
+    done = program(target=ROOT / "tests" / "processes_script.py", cwd=tmp_path, processes=2)
     assert done.returncode == 0, done.stderr
     lines = sorted((tmp_path / "out.txt").read_text().splitlines())
     assert lines == [

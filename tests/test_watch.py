@@ -32,7 +32,7 @@ FAULTS = {
     "save": (SAVE + "break_in(checkpoint, 'prune', fail, call=2, rank=0)", 0, *BROKE),
     "between collectives": (SLEEP + "break_in(trainer.Trainer, 'finish_epoch', fail)", 1, *BROKE),
 }
-QUICK = {"stopped"}
+QUICK = {"killed"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in FAULTS])
