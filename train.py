@@ -59,11 +59,11 @@ def main(config: Config) -> None:
 
     # The trunk's output is a function of the image alone: what is not augmented goes through it once.
     place = {"folder": Path(run.cache_dir or folder.path / "features").expanduser(), "memory": run.cache_memory}
-    place |= {"lasting": run.cache_dir is not None, "batch": plan.micro_batch if run.exact else 64}
+    place |= {"lasting": run.cache_dir is not None, "batch": plan.micro_batch if run.exact else None}
     features = trainer.Features(accelerator, parts.trunk, normalize, sample, **place, **loading)
     train = features.stream(train_set, views=1 if data.augment == "none" else data.views)
     val = features.stream(val_set, views=1)
-    say(*features.plan(train, val, epochs=optim.epochs, micro=plan.micro_batch, compile=model.compile))
+    say(*features.plan(val=val, train=train, epochs=optim.epochs, micro=plan.micro_batch, compile=model.compile))
     model.compile = "on" if features.compiled else "off"  # a resumed run must not find otherwise
     precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
     say(f"run     {folder.path}, on {accelerator.device.type} in {precision}")

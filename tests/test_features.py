@@ -31,18 +31,17 @@ def make(tiny, tmp_path):
         options = {"folder": tmp_path / "features", "batch": 4} | options
         features = Features(Accelerator(cpu=True), trunk, normalize, sample, **options)
         stream = features.stream(dataset, views=views)
-        features.plan(stream, stream, epochs=3, micro=4)
+        features.plan(stream=stream, epochs=3, micro=4)
         return features, stream
 
     return make
 
 
 class _Source(list):
-    labels = [index % 3 for index in range(SAMPLES)]
-
-    def __init__(self, images, stamp="one"):
+    def __init__(self, images):
         super().__init__(images)
-        self.stamp = lambda: stamp
+        self.labels = [index % 3 for index in range(SAMPLES)]
+        self.stamp = lambda: "one"
 
 
 def _whole(source, epoch):
@@ -73,9 +72,7 @@ def test_a_stream_is_the_trunk_on_normalised_images(make, tiny):
 
 
 @pytest.mark.parametrize("views", [1, 3])
-@pytest.mark.parametrize(
-    "options", [{}, {"memory": 0.0}, {"lasting": True}, {"memory": 0.0, "lasting": True}], ids=str
-)
+@pytest.mark.parametrize("options", [{}, {"memory": 0.0}, {"lasting": True}, {"memory": 0.0, "lasting": True}], ids=str)
 def test_kept_features_are_the_streamed_ones(make, options, views):
     features, stream = make(views=views, **options)
     kept = features.keep(stream)
@@ -101,7 +98,7 @@ def test_the_budget_is_for_all_together(make, tmp_path):
         features, stream = make(memory=memory / 2**30)
         other = features.stream(stream.dataset, views=1)
         features._left = memory
-        features.plan(train=other, val=stream, epochs=3, micro=4)
+        features.plan(val=stream, train=other, epochs=3, micro=4)
         assert [features._places[stream], features._places[other]] == places
 
 

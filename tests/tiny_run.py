@@ -131,12 +131,16 @@ def run(options: argparse.Namespace) -> None:
         exact=options.exact,
         about={"freeze_plan": freeze_plan.to_dict(), "classes": ["a", "b", "c"], "base": {}, "config": {}},
     )
-    source = partial(trainer.Stream, trunk=parts.trunk, normalize=normalize, accelerator=accelerator)
+    sample = normalize(images[:2].to(accelerator.device))
+    options_of = {"batch": options.micro_batch, "workers": options.workers, "folder": options.folder / "features"}
+    features = trainer.Features(accelerator, parts.trunk, normalize, sample, **options_of)
     transform = (lambda image: image) if options.cache else augment
-    train = source(trainer.KeyedDataset(images, labels, transform, seed=0), workers=options.workers)
-    val = source(trainer.KeyedDataset(images[:23], labels[:23], lambda image: image, seed=0))
+    train = trainer.KeyedDataset(images, labels, transform, seed=0)
+    train = features.stream(train, views=1 if options.cache else None)
+    val = features.stream(trainer.KeyedDataset(images[:23], labels[:23], lambda image: image, seed=0), views=1)
+    features.plan(val=val, train=train, epochs=options.epochs, micro=options.micro_batch)
     if options.cache:
-        train, val = (trainer.keep(part, plan, limit=1) for part in (train, val))
+        train, val = (features.keep(part) for part in (train, val))
     checkpoints = options.folder / "checkpoints"
     newest = trainer.from_main(accelerator, lambda: checkpoint.newest(checkpoints))
     if newest is not None:

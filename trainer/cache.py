@@ -85,6 +85,10 @@ class Entry:
         shutil.rmtree(self.path, ignore_errors=True)  # damaged, or another run had the same idea
         self.temporary.rename(self.path)
 
+    def clean(self) -> None:
+        """Remove what was reserved and not committed."""
+        shutil.rmtree(self.temporary, ignore_errors=True)
+
     def open(self) -> tuple[Tensor, ...]:
         """Its tensors, mapped from the files, not loaded. Writing to them changes no file."""
         return self._map(self.path, shared=False)
@@ -104,4 +108,3 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-

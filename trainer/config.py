@@ -41,7 +41,7 @@ class DataConfig:
     """none: resize and centre crop; flip: with a random mirror image; crop: random resized crop and mirror image. The
     demo uses none."""
     views: int | None = None
-    """Augmented views of each training image, drawn once and used in turn, epoch by epoch; None: a new one each epoch."""
+    """Augmented views of each training image, drawn once, used in turn epoch by epoch; None: a new one each epoch."""
     image_size: int | None = None
     """Side of the square the model sees, in pixels; None: the one its weights were trained with. The demo uses 64."""
     workers: int | None = None
@@ -174,7 +174,7 @@ _DEMO += ["--epochs=40", "--lr=0.1", "--label-smoothing=0.1"]
 # How a run was started, not what it is: left out of its config.yaml, so that the file repeats the run elsewhere.
 _NOT_STORED = ("output", "resume", "overwrite", "override", "config")
 # What a resumed run must share with the run it continues.
-_OVERRIDABLE = ("augment", "views", "image_size", "batch_size", "seed")  # the others would be refused by the checkpoint itself
+_OVERRIDABLE = ("augment", "views", "image_size", "batch_size", "seed")  # the checkpoint would refuse the others
 _FIXED = (*_OVERRIDABLE, "val_fraction", "name", "train", "optimizer")
 
 

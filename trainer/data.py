@@ -69,7 +69,6 @@ class Images:
             sha256.update(self.key(index).encode() + b"\n")
         return sha256.hexdigest()[:16]
 
-
     def stamp(self) -> str:
         """As `digest`, and it changes when a file does: what features that were kept are found again by."""
         return self.digest()

@@ -106,7 +106,7 @@ def evaluate_run(
     batch = compute.get("trunk_batch", micro)
     features = Features(accelerator, parts.trunk, normalize, sample, batch=batch, workers=workers)
     stream = features.stream(dataset, views=1)
-    features.plan(stream, stream, epochs=1, micro=micro, compile=config["model"].get("compile", "off"))
+    features.plan(val=stream, epochs=1, micro=micro, compile=config["model"].get("compile", "off"))
     plan = BatchPlan(max(len(dataset), ranks), micro * ranks, micro, ranks)
     tail = accelerator.unwrap_model(accelerator.prepare_model(parts.tail, evaluation_mode=True))  # in its precision
     plain, seen = classification(), []
@@ -118,7 +118,9 @@ def evaluate_run(
 
     quiet = None if accelerator.is_main_process else True  # None: quiet unless on a terminal
     with tqdm(total=len(plan.eval_batches(len(dataset), rank=0)), leave=False, disable=quiet) as bar:
-        found = evaluate(accelerator, tail, features.keep(stream), plan=plan, step=step, between=lambda: bar.update() and None)
+        found = evaluate(
+            accelerator, tail, features.keep(stream), plan=plan, step=step, between=lambda: bar.update() and None
+        )
     seen = gather_object(seen) if ranks > 1 else seen
     rows = {name: torch.cat([values[name] for values in seen]) for name in seen[0]}
     label = rows.pop("label")

@@ -79,9 +79,8 @@ class Stream:
     def answers(self, requests: list[list[Request]]) -> Iterator[Batch]:
         """One batch for each list of `(view, index)`, in order."""
         for batch in self.loader(requests):
-            images = batch["image"].to(self.device, non_blocking=True)
-            inputs = self.trunk(self.normalize(images))
-            yield {"inputs": inputs, "label": batch["label"].to(self.device, non_blocking=True), "index": batch["index"]}
+            images, label = (batch[name].to(self.device, non_blocking=True) for name in ("image", "label"))
+            yield {"inputs": self.trunk(self.normalize(images)), "label": label, "index": batch["index"]}
 
     def key(self, **more: object) -> str:
         """What its features depend on, as one hash."""
@@ -131,7 +130,7 @@ class Features:
         trunk: frozen, or `split.Uncut`: then there is nothing to keep.
         normalize: uint8 → float, on the device.
         sample: a few images as the trunk gets them.
-        batch: images in a forward of the trunk, where its features are kept.
+        batch: images in a forward of the trunk, where its features are kept; None: 64, on a GPU 256.
         memory: GiB that features may take on each process.
         folder: for files of features that memory has no room for.
         lasting: put the features of all streams there, to be found again by the next run; else they go with this one.
@@ -145,13 +144,14 @@ class Features:
         normalize: nn.Module,
         sample: Tensor,
         *,
-        batch: int = 64,
+        batch: int | None = None,
         memory: float = 2.0,
         folder: Path = Path("features"),
         lasting: bool = False,
         **loading: Any,
     ):
-        self.accelerator, self.folder, self.lasting, self.batch = accelerator, folder, lasting, batch
+        self.accelerator, self.folder, self.lasting = accelerator, folder, lasting
+        self.batch = batch or (256 if accelerator.device.type == "cuda" else 64)
         self.fast = None if isinstance(trunk, Uncut) else FastTrunk(accelerator, trunk, sample)
         self.rows = [] if self.fast is None else [(tensor.shape[1:], tensor.dtype) for tensor in self.fast(sample)]
         self._sample, self._left = sample, memory * 2**30
@@ -170,21 +170,22 @@ class Features:
         """The features of a data set, computed as they are asked for; see `Stream`."""
         return self._stream(dataset, views=views)
 
-    def plan(self, train: "Stream", val: "Stream", *, epochs: int, micro: int, compile: str = "auto") -> list[str]:
-        """Decide what is kept, and where, the validation set first, and whether to compile; in words (a collective).
+    def plan(self, *, epochs: int, micro: int, compile: str = "auto", **streams: "Stream") -> list[str]:
+        """Decide what is kept, and where, and whether to compile; gives that in words (a collective).
 
         Args:
+            streams: by name, the one to keep first before the others.
             epochs: that are to come.
             micro: images in a forward of the trunk, where its features are not kept.
             compile: "on", "off", or "auto": if it pays.
         """
         if self.fast is None:
             return []
-        streams = {"val": val, "train": train}
         size = sum(dtype.itemsize * math.prod(shape) for shape, dtype in self.rows)
         coming = {name: len(s) * (epochs if s.views is None else s.views) for name, s in streams.items()}
+        fresh = [name for name, stream in streams.items() if stream.views is None]
         if compile != "off":
-            shape = (micro if train.views is None else self.batch, *self._sample.shape[1:])
+            shape = (micro if fresh else self.batch, *self._sample.shape[1:])
             self.fast.compile(torch.Size(shape), images=None if compile == "on" else sum(coming.values()))
         shapes = " + ".join("×".join(map(str, shape)) for shape, _ in self.rows)
         lines, seconds = [f"features of {shapes}, {_bytes(size)} an image"], {"once": 0.0, "an epoch": 0.0}
@@ -197,11 +198,11 @@ class Features:
             seconds["once" if place else "an epoch"] += images * self._seconds(stream) / self.accelerator.num_processes
         times = [f"about {_time(value)} {when}" for when, value in seconds.items() if value]
         lines = [f"plan    {'; '.join(lines)}: {' and '.join(times)} (trunk {self.fast.what})"]
-        if train.views is None and epochs > 1:
-            ratio = sum(coming.values()) / (len(train) + len(val))
+        if fresh and epochs > 1:
+            ratio, few = sum(coming.values()) / sum(map(len, streams.values())), min(4, epochs)
             lines.append(
-                f"hint    --augment none would compute the features of the training images once: {ratio:.1f}× less work; "
-                f"--views {min(4, epochs)}: once for each of so many augmented views, used in turn"
+                f"hint    --augment none would compute the features of {fresh[0]} once: {ratio:.1f}× less work; "
+                f"--views {few}: once for each of {few} augmented views, used in turn"
             )
         return lines
 
@@ -221,9 +222,12 @@ class Features:
             return Kept(self._compute(stream, like, between), labels, self.batch)
         entry = cache.Entry(self.folder, stream.key(batch=self.batch), like, writer=self._writer)
         if not all(gather(accelerator, not accelerator.is_local_main_process or entry.is_good())):
-            self._on_each_machine(entry.reserve)
-            self._compute(stream, like, between, outputs=entry.open_for_writing())
-            self._on_each_machine(entry.commit)
+            try:
+                self._on_each_machine(entry.reserve)
+                self._compute(stream, like, between, outputs=entry.open_for_writing())
+                self._on_each_machine(entry.commit)
+            finally:
+                entry.clean()
         found = entry.open()
         if place == "memory":
             found = tuple(tensor.to(stream.device, copy=True) for tensor in found)
@@ -272,12 +276,16 @@ class Features:
             ranks, rank = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), accelerator.local_process_index
         else:
             outputs = tuple(torch.empty(shape, dtype=dtype, device=stream.device) for shape, dtype in like)
-        # Whole batches, in contiguous blocks, so that each process has one slice and batches are the same on any number
-        # of processes.
-        blocks = math.ceil(math.ceil(rows / self.batch) / ranks)
-        bounds = [min(rows, part * blocks * self.batch) for part in range(ranks + 1)]
-        firsts = range(bounds[rank], bounds[rank + 1], self.batch)
-        mine = [range(first, min(first + self.batch, bounds[rank + 1])) for first in firsts]
+        # Whole batches, of one view each, in contiguous blocks: each process has one slice, and batches are the same on
+        # any number of processes.
+        every = [
+            range(view + first, view + min(first + self.batch, samples))
+            for view in range(0, rows, samples)
+            for first in range(0, samples, self.batch)
+        ]
+        blocks = math.ceil(len(every) / ranks)
+        bounds = [every[part * blocks].start if part * blocks < len(every) else rows for part in range(ranks + 1)]
+        mine = every[rank * blocks : (rank + 1) * blocks]
         batches = stream.answers([[divmod(row, samples) for row in some] for some in mine])
         quiet = True if not accelerator.is_main_process else None  # None: quiet unless on a terminal
         for turn in tqdm(range(blocks), "features", leave=False, disable=quiet):

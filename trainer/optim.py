@@ -28,7 +28,7 @@ def build_optimizer(
         lr: peak learning rate; the trainer sets the rate of each step.
         weight_decay: on matrices and kernels; biases and norms, which have one dimension, get none.
         momentum: of SGD; AdamW uses torch's betas (0.9, 0.999).
-        fused: one kernel for all parameters of a group. Not with a GradScaler: accelerate would miss the steps it skips.
+        fused: one kernel for a group. Not with a GradScaler: accelerate would miss the steps that it skips.
 
     Raises:
         UsageError: unknown kind, or nothing to train.

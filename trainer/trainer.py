@@ -322,7 +322,7 @@ class Trainer:
         totals = self.totals.over_processes(self.accelerator)
         scaler = self.accelerator.scaler
         return {
-            "model": {name: tensor.detach().cpu().contiguous().clone() for name, tensor in trained_tensors(self.model).items()},
+            "model": {name: tensor.detach().cpu().clone() for name, tensor in trained_tensors(self.model).items()},
             "optimizer": checkpoint.optimizer_state(self.optimizer.optimizer, self.model),
             "scaler": self._scaler_state if scaler is None else scaler.state_dict(),
             "epoch": self.epoch,

@@ -1,7 +1,7 @@
 """The trunk at full speed.
 
-What runs is a copy of it: BatchNorm folded into the convolutions before it, channels last, in bf16 where the launcher says
-bf16, compiled where that pays. The model that is trained, saved, exported and fingerprinted stays as it is.
+What runs is a copy of it: BatchNorm folded into the convolutions before it, channels last, in bf16 where the launcher
+says bf16, compiled where that pays. The model that is trained, saved, exported and fingerprinted stays as it is.
 """
 
 import hashlib
