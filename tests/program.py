@@ -3,8 +3,10 @@ imported everything and used nothing yet. Reads jobs from stdin, one JSON object
 `conftest.Program`.
 """
 
+import importlib
 import json
 import os
+import pkgutil
 import runpy
 import signal
 import socket
@@ -19,10 +21,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import trainer  # noqa: E402
-from trainer import evaluation, export, inspection, predict  # noqa: E402, F401
 
-for name in trainer.__all__:
-    getattr(trainer, name)
+for module in pkgutil.iter_modules(trainer.__path__):
+    if module.name != "__main__":
+        importlib.import_module(f"trainer.{module.name}")
 
 
 def child(job: dict, rank: int, port: int, out: int, err: int) -> None:
