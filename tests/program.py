@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 import traceback
-import types
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -43,14 +42,10 @@ def child(job: dict, rank: int, port: int, out: int, err: int) -> None:
     sys.argv = [target, *job["arguments"]]
     code = 0
     try:
-        if target.endswith(".py"):  # read first: the setup may take away the right to
-            source = compile(Path(target).read_text(), target, "exec")
-            sys.modules["__main__"] = main = types.ModuleType("__main__")
-            main.__file__ = target
-            exec(job["setup"], {})
-            exec(source, vars(main))
+        exec(job["setup"], {})
+        if target.endswith(".py"):
+            runpy.run_path(target, run_name="__main__")
         else:
-            exec(job["setup"], {})
             runpy.run_module(target, run_name="__main__", alter_sys=True)
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
