@@ -40,6 +40,8 @@ def main(config: Config) -> None:
     model.weights = backbone.base.get("weights", model.weights)  # by name: "default" may be another one next year
 
     # Images are uint8 until they are on the device, where they are normalised.
+    for images in (train_images, val_images) if data.fast_decode else ():
+        images.shrink(2 * spec.resize)  # twice: a random crop enlarges a part
     shape = {"size": spec.size, "resize": spec.resize, "interpolation": spec.interpolation}
     augment = trainer.train_transform(data.augment, **shape)
     train_set = trainer.KeyedDataset(train_images, train_images.labels, augment, seed=run.seed)

@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import ExifTags, Image
 from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
@@ -1132,6 +1132,23 @@ def test_evaluation_is_the_preset_but_for_rounding(height, width, size, resize, 
         away = (Normalize(MEAN, STD)(result[None])[0] - reference) * std * 255
         assert away.abs().max() < 1.01
         assert (away.abs() > 0.5).float().mean() < 0.3
+
+
+@pytest.mark.parametrize(("side", "size"), [(None, (300, 400)), (151, (300, 400)), (150, (150, 200)), (38, (38, 50))])
+def test_a_large_jpeg_may_come_smaller(tmp_path, side, size):
+    smooth = np.linspace(0, 255, 300 * 400 * 3).reshape(300, 400, 3).astype(np.uint8)
+    image = Image.fromarray(smooth)
+    image.save(tmp_path / "a.jpg", quality=95)
+    found = decode(tmp_path / "a.jpg", side=side)
+    assert found.shape == (3, *size)
+    shrunk = functional.resize(torch.from_numpy(smooth).permute(2, 0, 1), list(size), antialias=True)
+    assert (found.float() - shrunk.float()).abs().mean() < 2
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    assert decode(tmp_path / "turned.jpg", side=side).shape == (3, *size[::-1])
+    image.save(tmp_path / "a.png")
+    assert decode(tmp_path / "a.png", side=side).shape == (3, 300, 400)
 
 
 def test_normalize():

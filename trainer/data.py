@@ -15,6 +15,7 @@ import glob
 import hashlib
 import inspect
 import logging
+import math
 import os
 import warnings
 from collections import Counter, defaultdict, deque
@@ -72,6 +73,9 @@ class Images:
         """As `digest`, and it changes when a file does: what features that were kept are found again by."""
         return self.digest()
 
+    def shrink(self, side: int) -> None:
+        """From now on large images may come smaller, with a shorter side of `side` pixels at least: see `decode`."""
+
 
 class Subset(Images):
     """The images at `indices` of another source, in that order."""
@@ -91,6 +95,9 @@ class Subset(Images):
 
     def stamp(self) -> str:
         return hashlib.sha256(repr((self.images.stamp(), self.indices)).encode()).hexdigest()
+
+    def shrink(self, side: int) -> None:
+        self.images.shrink(side)
 
 
 def load_data(
@@ -216,6 +223,7 @@ class FolderImages(Images):
     def __init__(self, root: str, files: dict[str, list[str]]):
         encoded = [os.fsencode(path) for paths in files.values() for path in paths]
         self.root, self._paths, self._ends = root, b"".join(encoded), np.cumsum([0, *map(len, encoded)])
+        self._side: int | None = None
         self.classes = tuple(printable(name) for name in files)
         self.labels = [label for label, paths in enumerate(files.values()) for _ in paths]
 
@@ -227,7 +235,7 @@ class FolderImages(Images):
         return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]])
 
     def __getitem__(self, index: int) -> Tensor:
-        return decode(self.path(index))
+        return decode(self.path(index), side=self._side)
 
     def name(self, index: int) -> str:
         return printable(self.path(index))
@@ -236,11 +244,14 @@ class FolderImages(Images):
         return printable(self._below(index))
 
     def stamp(self) -> str:
-        sha256 = hashlib.sha256(repr((self.classes, self.labels)).encode())
+        sha256 = hashlib.sha256(repr((self.classes, self.labels, self._side)).encode())
         for index in range(len(self)):
             status = os.stat(self.path(index))
             sha256.update(f"{self.key(index)} {status.st_size} {status.st_mtime_ns}\n".encode())
         return sha256.hexdigest()
+
+    def shrink(self, side: int) -> None:
+        self._side = side
 
 
 def _load_folder(folder: str) -> tuple[Images, Images | None]:
@@ -486,8 +497,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
-def decode(path_or_file: str | os.PathLike[str] | BinaryIO) -> Tensor:
+def decode(path_or_file: str | os.PathLike[str] | BinaryIO, *, side: int | None = None) -> Tensor:
     """The first frame of an image file as uint8 [3, H, W], RGB, by the rules of `to_rgb`.
+
+    With `side`, a JPEG comes at 1/2, 1/4 or 1/8 of its size if its shorter side still has as many pixels: its decoder
+    leaves out the rest, which is several times faster and only nearly the same as decoding and shrinking.
 
     JPEG, PNG, WebP, BMP, TIFF and GIF, told by their content. Raises `DataError`, with the path and Pillow's reason,
     for files that are missing, cut off, of another kind, or above Pillow's limit for decompression bombs (178,956,970
@@ -499,6 +513,9 @@ def decode(path_or_file: str | os.PathLike[str] | BinaryIO) -> Tensor:
         _blame(path_or_file if is_path else str(getattr(path_or_file, "name", "the given file"))),
         Image.open(path_or_file, formats=_FORMATS) as image,
     ):
+        if side is not None and image.format == "JPEG":
+            factor = max(side / min(image.size), 1e-9)
+            image.draft(None, tuple(math.ceil(length * factor) for length in image.size))
         key = image.info.get("transparency")
         if image.format == "PNG" and key is not None:  # Pillow scales the pixels to 8 bits, but not this colour
             raw = image.tile[0][3] if image.tile else ""

@@ -97,6 +97,8 @@ def evaluate_run(
     own = partial(validation_images, state)
     images = in_turn(accelerator, partial(load_test, data, state["classes"], root=root) if data else own)
 
+    if config["data"].get("fast_decode"):
+        images.shrink(2 * loaded.input.resize)
     dataset = KeyedDataset(images, images.labels, loaded.transform.resize, seed=0)
     normalize = loaded.transform.normalize
     sample = normalize(dataset.some(8).to(accelerator.device))
