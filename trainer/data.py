@@ -606,10 +606,10 @@ def train_transform(
 
 
 def eval_transform(*, size: int, resize: int, interpolation: str = "bilinear") -> Callable[[Tensor], Tensor]:
-    """Shorter side to `resize` pixels, then the central `size` x `size`: the pixels of torchvision's presets, or 1 of
-    255 beside them.
+    """Shorter side to `resize` pixels, then the central `size` x `size`.
 
-    The presets resize in float, which takes eight times as long.
+    The values are those of torchvision's presets on a Pillow image, or 1 of 255 beside them. (On a tensor the presets
+    resize in float, which takes eight times as long.)
     """
     shrink = v2.Resize(resize, interpolation=InterpolationMode(interpolation), antialias=True)
     return v2.Compose([shrink, v2.CenterCrop(size)])

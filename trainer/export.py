@@ -232,7 +232,8 @@ class Preprocess(nn.Module):
         short = torch.minimum(height, width)
         down = self._weights(torch.arange(images.shape[-2]), height, short)  # [S, H]
         right = self._weights(torch.arange(images.shape[-1]), width, short)  # [S, W]
-        return self.normalize((down @ images.float() @ right.T).clamp(0, 255).round())
+        rows = (images.float() @ right.T).clamp(0, 255).round()  # 8 bits between the two, as Pillow has it
+        return self.normalize((down @ rows).clamp(0, 255).round())
 
     def _weights(self, inputs: Tensor, side: Tensor, short: Tensor) -> Tensor:
         """How much of each input pixel is in each of the crop: the filters of `interpolate(antialias=True)`."""

@@ -164,11 +164,13 @@ class Trainer:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
         if self.accelerator.scaler is None and not math.isfinite(norm):
             self._stop_on("the gradient is not finite", window)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        # Around the wrapper where it has nothing to add: it inspects signatures, and looks for packages, at every step.
+        optimizer = self.optimizer.optimizer if self.accelerator.scaler is None else self.optimizer
+        optimizer.step()
+        optimizer.zero_grad()
         self.step += 1
         self.samples += len(window)
-        skipped = self.accelerator.optimizer_step_was_skipped
+        skipped = self.accelerator.scaler is not None and self.accelerator.optimizer_step_was_skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if skipped:
             self.skipped_samples += len(window)
@@ -186,7 +188,8 @@ class Trainer:
         if not self._outputs_checked:
             check_outputs(outputs, size=len(micro.indices))
             self._outputs_checked = True
-        self.accelerator.backward(outputs["loss"].sum() * (scale * micro.counts))
+        loss = outputs["loss"].sum() * (scale * micro.counts)
+        (loss if self.accelerator.scaler is None else self.accelerator.scaler.scale(loss)).backward()
         if micro.counts:
             self.totals.add(outputs)
 
