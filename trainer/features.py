@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from trainer import cache
-from trainer.processes import from_main, gather, raise_together
+from trainer.processes import from_main, gather, raise_together, say
 from trainer.sampling import BatchLoader, KeyedDataset, Request
 from trainer.split import Uncut
 from trainer.steps import Batch
@@ -221,7 +221,9 @@ class Features:
         if place == "memory" and not self.lasting:
             return Kept(self._compute(stream, like, between), labels, self.batch)
         entry = cache.Entry(self.folder, stream.key(batch=self.batch), like, writer=self._writer)
-        if not all(gather(accelerator, not accelerator.is_local_main_process or entry.is_good())):
+        if all(gather(accelerator, not accelerator.is_local_main_process or entry.is_good())):
+            say(f"        {rows:,} features found in {entry.path}")
+        else:
             try:
                 self._on_each_machine(entry.reserve)
                 self._compute(stream, like, between, outputs=entry.open_for_writing())
