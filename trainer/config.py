@@ -199,10 +199,15 @@ def resumed(config: Config, arguments: list[str] | None = None) -> Config:
         UsageError: there is no such run, or it cannot be continued with these settings.
         CheckpointError: the checkpoint it names cannot be read.
     """
+    arguments, name = _own(arguments), default_name(config)
+    again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by --max_restarts
+    if again and (folder := run.of_this_launcher(config.run.output, config.run.resume, name)):
+        arguments = [*arguments, "--resume=auto", f"--output={folder}"]  # whatever they said: it is under way
+        config = _layers(arguments)
     if config.run.resume is None:
         return config
     stored = run.stored_config(config.run.resume, config.run.output, default_name(config))
-    config = _layers(_own(arguments), stored=stored)
+    config = _layers(arguments, stored=stored)
     if foreign := [name for name in _NOT_STORED if name in stored.get("run", {})]:
         raise UsageError(f"--resume {config.run.resume}: its settings say {foreign[0]}, which no run stores.")
     _check_resume(stored, config)
@@ -210,10 +215,7 @@ def resumed(config: Config, arguments: list[str] | None = None) -> Config:
 
 
 def _own(arguments: list[str] | None) -> list[str]:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        return [*arguments, "--resume=auto"]  # the launcher started us again (--max_restarts): go on
-    return arguments
+    return sys.argv[1:] if arguments is None else arguments
 
 
 def _layers(own: list[str], *, stored: dict[str, Any] | None = None, description: str = "") -> Config:

@@ -52,6 +52,18 @@ def find(output: str | None, name: str) -> Path:
     return Path(output) if output is not None else (_numbered(name) or [_ROOT / name])[-1]
 
 
+def of_this_launcher(output: str | None, resume: str | None, name: str) -> Path | None:
+    """The run that the launcher of this process has started before, if that got as far as having a folder."""
+    folders = [find(output, name)]
+    if output is None and resume not in (None, "auto"):
+        folders = [Path(resume), Path(resume).absolute().parent.parent]  # a run, a checkpoint in one
+    for folder in folders:
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            if json.loads((folder / "status.json").read_text())["launcher"] == os.getppid():
+                return folder
+    return None
+
+
 def choose(output: str | None, name: str, *, overwrite: bool = False) -> "RunFolder":
     """A folder for a new run.
 
@@ -116,7 +128,7 @@ class RunFolder:
             values: plain values to say with it, such as step, checkpoint, reason.
         """
         restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        text = json.dumps({"status": status, **values, "restarts": restarts}, indent=1)
+        text = json.dumps({"status": status, **values, "restarts": restarts, "launcher": os.getppid()}, indent=1)
         try:
             files.replace(self.path / "status.json", f"{text}\n".encode())
         except OSError as error:
