@@ -169,7 +169,7 @@ def test_a_resumed_run_keeps_its_settings_and_says_what_changes(stored_run, caps
     assert capsys.readouterr().out == "resume: epochs: 40 → 50\n"
 
 
-def test_a_launcher_that_starts_us_again_means_the_run_that_it_started(stored_run, tmp_path, monkeypatch):
+def test_a_launcher_that_starts_us_again_means_the_run_that_it_started(stored_run, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     file = stored_run / "checkpoints" / "step-00000001.pt"
     said = [["--output", str(stored_run), "--overwrite"], ["--resume", str(stored_run)], ["--resume", str(file)]]
