@@ -10,13 +10,13 @@ Prints one line per event: "ok EVENT" or "BAD EVENT: what differs first".
 import json
 import os
 import signal
-import socket
 import sys
 import time
 import traceback
 from pathlib import Path
 
 import tiny_run
+from conftest import free_port, join
 
 import trainer
 
@@ -43,8 +43,7 @@ ALL = [
 
 def child(folder: Path, *options: str, processes: int = 1) -> list[int]:
     """Run tiny_run in forks; gives their exit codes, negative for a signal."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     ranks = [_fork(folder, options, rank, processes, port) for rank in range(processes)]
     codes: dict[int, int] = {}
     while len(codes) < processes:
@@ -62,10 +61,7 @@ def _fork(folder: Path, options: tuple[str, ...], rank: int, processes: int, por
     if pid == 0:
         code = 1
         try:
-            if processes > 1:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-                os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            join(rank, processes, port)
             sys.stderr = open(folder / "stderr.txt", "a")  # noqa: SIM115
             tiny_run.run(tiny_run.parser.parse_args([str(folder), *options]))
             code = 0

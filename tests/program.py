@@ -9,7 +9,6 @@ import os
 import pkgutil
 import runpy
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import free_port, join  # noqa: E402
 
 import trainer  # noqa: E402
 
@@ -34,10 +35,7 @@ def child(job: dict, rank: int, port: int, out: int, err: int) -> None:
     os.chdir(job["cwd"])
     trainer.run.BEGAN = time.monotonic()
     os.environ.update(job["env"])
-    if (count := job["processes"]) > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "true"}
-        os.environ |= {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    join(rank, job["processes"], port)
     target = job["target"]
     sys.argv = [target, *job["arguments"]]
     code = 0
@@ -60,9 +58,7 @@ def child(job: dict, rank: int, port: int, out: int, err: int) -> None:
 
 def run(job: dict) -> dict:
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        ranks = []
+        port, ranks = free_port(), []
         for rank in range(job["processes"]):
             ranks.append(os.fork())
             if ranks[-1] == 0:

@@ -1,3 +1,5 @@
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -167,11 +169,19 @@ def test_a_resumed_run_keeps_its_settings_and_says_what_changes(stored_run, caps
     assert capsys.readouterr().out == "resume: epochs: 40 → 50\n"
 
 
-def test_a_launcher_that_starts_us_again_means_resume(stored_run, monkeypatch):
-    arguments = ["--output", str(stored_run), "--overwrite"]
-    assert config.parse(arguments=arguments).run.resume is None
+def test_a_launcher_that_starts_us_again_means_the_run_that_it_started(stored_run, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    assert _resumed(*arguments).optim.lr == 0.5
+    file = stored_run / "checkpoints" / "step-00000001.pt"
+    said = [["--output", str(stored_run), "--overwrite"], ["--resume", str(stored_run)], ["--resume", str(file)]]
+    for launcher, found in ((os.getppid(), True), (os.getppid() + 1, False)):
+        (stored_run / "status.json").write_text(json.dumps({"launcher": launcher}))
+        for arguments in said[: 3 if found else 1]:
+            settings = _resumed(*arguments)
+            assert (settings.optim.lr == 0.5) == found
+            assert (settings.run.resume, settings.run.output) == (
+                ("auto", str(stored_run)) if found else (None, str(stored_run))
+            )
+    assert _resumed("--resume", str(stored_run)).run.resume == str(stored_run)  # as they said
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,8 @@ def parse(description: str = "", arguments: list[str] | None = None) -> Config:
         arguments: of the command line; None takes `sys.argv`.
     """
     try:
-        return _layers(_own(arguments), description=description)
+        with no_broken_pipe():
+            return _layers(_own(arguments), description=description)
     except UsageError as error:
         if speaks():
             print(f"error: {error}", file=sys.stderr)
@@ -207,10 +208,14 @@ def resumed(config: Config, arguments: list[str] | None = None) -> Config:
         UsageError: there is no such run, or it cannot be continued with these settings.
         CheckpointError: the checkpoint it names cannot be read.
     """
+    arguments, name = _own(arguments), default_name(config)
+    if folder := run.under_way(config.run.output, config.run.resume, name):
+        arguments = [*arguments, "--resume=auto", f"--output={folder}"]  # whatever they said
+        config = _layers(arguments)
     if config.run.resume is None:
         return config
-    stored = run.stored_config(config.run.resume, config.run.output, default_name(config))
-    config = _layers(_own(arguments), stored=stored)
+    stored = run.stored_config(config.run.resume, config.run.output, name)
+    config = _layers(arguments, stored=stored)
     if foreign := [name for name in _NOT_STORED if name in stored.get("run", {})]:
         raise UsageError(f"--resume {config.run.resume}: its settings say {foreign[0]}, which no run stores.")
     _check_resume(stored, config)
@@ -218,10 +223,7 @@ def resumed(config: Config, arguments: list[str] | None = None) -> Config:
 
 
 def _own(arguments: list[str] | None) -> list[str]:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        return [*arguments, "--resume=auto"]  # the launcher started us again (--max_restarts): go on
-    return arguments
+    return sys.argv[1:] if arguments is None else arguments
 
 
 def _layers(own: list[str], *, stored: dict[str, Any] | None = None, description: str = "") -> Config:
@@ -267,11 +269,11 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
 
 def flags() -> set[str]:
     """Every flag of train.py."""
-    return {_flag(f) for group in dataclasses.fields(Config) for f in dataclasses.fields(group.default_factory)}
+    return {_flag(f.name) for group in dataclasses.fields(Config) for f in dataclasses.fields(group.default_factory)}
 
 
-def _flag(f: dataclasses.Field) -> str:
-    return "--model" if f.name == "name" else "--" + f.name.replace("_", "-")
+def _flag(name: str) -> str:
+    return "--model" if name == "name" else "--" + name.replace("_", "-")
 
 
 @contextmanager
@@ -292,7 +294,7 @@ def speaks() -> bool:
 
 def _parse(arguments: list[str], description: str) -> Config:
     quiet = nullcontext() if speaks() else redirect_stderr(io.StringIO())
-    with quiet, no_broken_pipe():
+    with quiet:
         lines = "\n\n".join(filter(None, description.splitlines()))  # else they are joined to one
         return tyro.cli(Config, args=arguments, description=lines, config=(tyro.conf.OmitArgPrefixes,))
 
@@ -322,7 +324,7 @@ def _arguments(values: dict[str, Any]) -> list[str]:
         for name, value in settings.items():
             if name not in fields:
                 raise UsageError(_unknown(name, fields, f"setting in {group}:"))
-            flag = _flag(fields[name])
+            flag = _flag(name)
             if isinstance(value, bool):
                 arguments.append(flag if value else flag.replace("--", "--no-", 1))
             elif isinstance(value, list) and any(isinstance(item, str) and item.startswith("--") for item in value):
@@ -351,11 +353,10 @@ def _check_resume(stored: dict[str, Any], config: Config) -> None:
             if new == value:
                 continue
             if name in _FIXED and not (name in _OVERRIDABLE and config.run.override):
-                flag = "--model" if name == "name" else "--" + name.replace("_", "-")
                 other = "insist with --override" if name in _OVERRIDABLE else "let that begin with its --weights"
                 raise UsageError(
-                    f"--resume: the run has {name} {value!r}, the command line {new!r}. Leave {flag} away to continue "
-                    f"it as it is, leave --resume away to start a new run, or {other}."
+                    f"--resume: the run has {name} {value!r}, the command line {new!r}. Leave {_flag(name)} away to "
+                    f"continue it as it is, leave --resume away to start a new run, or {other}."
                 )
             with suppress(OSError):  # nobody listens: no reason to stop
                 print(f"resume: {name}: {value} → {new}")

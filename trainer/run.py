@@ -52,6 +52,26 @@ def find(output: str | None, name: str) -> Path:
     return Path(output) if output is not None else (_numbered(name) or [_ROOT / name])[-1]
 
 
+def _restarts() -> int:
+    """How often the launcher has started this program again (`--max_restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def under_way(output: str | None, resume: str | None, name: str) -> Path | None:
+    """The run that the launcher started before it started us again, if that got as far as having a folder."""
+    if not _restarts():
+        return None
+    if output is None and resume not in (None, "auto"):
+        folders = [Path(resume), Path(resume).absolute().parent.parent]  # a run, a checkpoint in one
+    else:
+        folders = [find(output, name)]
+    for folder in folders:
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            if json.loads((folder / "status.json").read_text())["launcher"] == os.getppid():
+                return folder
+    return None
+
+
 def choose(output: str | None, name: str, *, overwrite: bool = False) -> "RunFolder":
     """A folder for a new run.
 
@@ -115,8 +135,7 @@ class RunFolder:
             status: "running", "completed", "preempted" or "failed".
             values: plain values to say with it, such as step, checkpoint, reason.
         """
-        restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-        text = json.dumps({"status": status, **values, "restarts": restarts}, indent=1)
+        text = json.dumps({"status": status, **values, "restarts": _restarts(), "launcher": os.getppid()}, indent=1)
         try:
             files.replace(self.path / "status.json", f"{text}\n".encode())
         except OSError as error:
@@ -350,17 +369,13 @@ def stored_config(resume: str, output: str | None, name: str) -> dict[str, Any]:
     folder = find(output, name) if resume == "auto" else Path(resume)
     if resume != "auto" and not folder.exists():
         raise UsageError(f"--resume {resume}: there is no such checkpoint or run.")
-    if folder.is_file():
-        from trainer import checkpoint  # imports torch: only if a checkpoint has to be opened
-
-        return checkpoint.read(folder)["config"]
     path = folder / "config.yaml"
     if not path.exists():
-        if (folder / "checkpoints").exists():
-            from trainer import checkpoint
+        from trainer import checkpoint  # imports torch: only if a checkpoint has to be opened
 
-            if newest := checkpoint.newest(folder / "checkpoints"):
-                return checkpoint.read(newest)["config"]
+        source = folder if folder.is_file() else checkpoint.newest(folder / "checkpoints")
+        if source is not None:
+            return checkpoint.read(source)["config"]
         if resume == "auto":
             return {}
         raise UsageError(f"--resume {resume} is neither a checkpoint nor the folder of a run: it has no config.yaml.")

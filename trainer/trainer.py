@@ -397,8 +397,7 @@ class Trainer:
         self.epoch, self.step, self.samples = state["epoch"], state["step"], state["samples"]
         self.skipped_samples, self.metrics = state["skipped_samples"], state["metrics"]
         if self.samples:
-            last = (self.samples % self.plan.samples or self.plan.samples) % self.plan.batch_size
-            last = last or self.plan.batch_size
+            last = (self.samples - 1) % self.plan.samples % self.plan.batch_size + 1  # the window that ends here
             self.rate = self._rate_of(self.samples - self.skipped_samples - last, last)
         main = self.accelerator.is_main_process  # the sums of all, on any number of processes: one goes on from them
         self.totals = Totals(self.accelerator.device, start=state["totals"] if main else None)
