@@ -67,6 +67,8 @@ def test_rows_are_compared_within_their_group(suite):
     for row in other:
         row.group = "large"
     assert suite.failures(rows + other) == ["large template: not the same accuracy"]
+    other[1].found[0]["accuracy"] = 0.5  # its own reference: as good
+    assert suite.failures(rows + other) == []
 
 
 def test_measures_interleaved_and_reads_what_a_process_reports(suite):
