@@ -52,6 +52,8 @@ def main(config: Config) -> None:
     freeze_plan = trainer.freeze(network, model.train, head=backbone.head)
     sample = normalize(val_set.some(8).to(accelerator.device))
     parts = trainer.split_model(network, sample[:1])
+    if model.compile_tail:
+        parts.tail.compile(dynamic=False)  # for each shape by itself: a resumed run must not come to another program
     plan = trainer.BatchPlan(len(train_set), optim.batch_size, optim.micro_batch, accelerator.num_processes)
     say(f"data    {data.data}: {len(train_set):,} training, {len(val_set):,} validation images, {len(classes)} classes")
     if any(skipped):

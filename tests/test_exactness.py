@@ -11,6 +11,7 @@ from pathlib import Path
 
 import kill_points
 import pytest
+import torch
 from conftest import ROOT, TINY_RUN, tiny_run
 
 from trainer import checkpoint
@@ -47,6 +48,23 @@ def test_killed_at_every_point(program, tmp_path, options):
 def test_one_of_several_processes_killed(program, tmp_path, options):
     events = [event for event in kill_points.FAST if not event.startswith("micro") or event.endswith(":0")]
     _kill_and_resume(program, tmp_path, events, *options)
+
+
+@pytest.mark.slow
+def test_a_compiled_tail_goes_on_in_the_same_bits_and_is_evaluated_to_the_same_numbers(photos, program, tmp_path):
+    options = ["--weights=none", "--image-size=32", "--workers=0", "--epochs=1", "--train", "layer4", "fc"]
+    options += ["--compile-tail", "--augment=flip", "--batch-size=10", "--save-every=1", "--keep=99"]
+    done = program("--data", photos, *options, "--output=whole", cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    *_, before, last = checkpoint.steps(tmp_path / "whole" / "checkpoints")
+    done = program("--resume", before, "--output=rest", cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "images/s" in done.stdout
+    one, other = (checkpoint.read(tmp_path / run / "checkpoints" / last.name) for run in ("whole", "rest"))
+    assert one["metrics"] == other["metrics"]
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    done = program("evaluate", "--run=whole", "--json", target="trainer", cwd=tmp_path, timeout=600)
+    assert json.loads(done.stdout)["all"] == one["metrics"]["val"], done.stderr
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from trainer.split import split_model
 
 SAMPLES = 21
 ROW = 8 * 4  # bytes of TinyNet's features
+LITTLE = 1e-9  # GiB
 
 
 def _augment(image: torch.Tensor) -> torch.Tensor:
@@ -72,7 +73,9 @@ def test_a_stream_is_the_trunk_on_normalised_images(make, tiny):
 
 
 @pytest.mark.parametrize("views", [1, 3])
-@pytest.mark.parametrize("options", [{}, {"memory": 0.0}, {"lasting": True}, {"memory": 0.0, "lasting": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"memory": LITTLE}, {"lasting": True}, {"memory": LITTLE, "lasting": True}], ids=str
+)
 def test_kept_features_are_the_streamed_ones(make, options, views):
     features, stream = make(views=views, **options)
     kept = features.keep(stream)
@@ -92,9 +95,16 @@ def test_new_views_in_each_epoch_are_not_kept(make):
     assert not _equal(_whole(stream, 0), _whole(stream, 1))
 
 
+def test_without_memory_nothing_is_kept(make, tmp_path):
+    features, stream = make(memory=0)
+    assert features.keep(stream) is stream
+    assert features.plan(val=stream, epochs=3, micro=4)[0].count("val computed in each epoch:") == 1
+    assert not (tmp_path / "features").exists()
+
+
 def test_the_budget_is_for_all_together(make, tmp_path):
     size = SAMPLES * ROW
-    for memory, places in ((2 * size, ["memory", "memory"]), (2 * size - 1, ["memory", "file"]), (0, ["file", "file"])):
+    for memory, places in ((2 * size, ["memory", "memory"]), (2 * size - 1, ["memory", "file"]), (1, ["file", "file"])):
         features, stream = make(memory=memory / 2**30)
         other = features.stream(stream.dataset, views=1)
         features._left = memory
@@ -104,33 +114,33 @@ def test_the_budget_is_for_all_together(make, tmp_path):
 
 def test_a_full_disk_means_no_cache(make, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": SAMPLES * ROW})())
-    features, stream = make(memory=0.0)
+    features, stream = make(memory=LITTLE)
     assert features.keep(stream) is stream
 
 
 def test_files_go_with_the_run_or_last(make, tmp_path):
     for lasting in (False, True):
-        features, stream = make(memory=0.0, lasting=lasting)
+        features, stream = make(memory=LITTLE, lasting=lasting)
         features.keep(stream)
         features.close()
         assert (tmp_path / "features").exists() == lasting
 
 
 def test_what_is_found_again_is_not_computed(make, tmp_path, caplog):
-    features, stream = make(memory=0.0, lasting=True)
+    features, stream = make(memory=LITTLE, lasting=True)
     first = _whole(features.keep(stream), 0)
-    _, again = make(memory=0.0, lasting=True)
+    _, again = make(memory=LITTLE, lasting=True)
     again.answers = None  # it would be called to compute
     assert _equal(_whole(features.keep(stream), 0), first)
     # Anything that it depends on makes it another one.
-    _, other = make(memory=0.0, lasting=True)
+    _, other = make(memory=LITTLE, lasting=True)
     other.dataset.images.stamp = lambda: "two"
     assert other.key(batch=4) != stream.key(batch=4) != stream.key(batch=8)
     assert make(views=2)[1].key(batch=4) != stream.key(batch=4)
 
 
 def test_a_damaged_entry_is_computed_again(make, tmp_path, caplog):
-    features, stream = make(memory=0.0, lasting=True)
+    features, stream = make(memory=LITTLE, lasting=True)
     first = _whole(features.keep(stream), 0)
     (path,) = (tmp_path / "features").glob("*/0.bin")
     data = bytearray(path.read_bytes())

@@ -92,3 +92,13 @@ def test_compiling_is_chosen_by_the_time_it_saves(tiny, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda module: lambda images: (torch.zeros(4, 8),))
     assert not fast.compile(images.shape)
     assert not fast.compiled
+
+
+def test_what_bf16_would_gain_is_measured_and_changes_nothing(tiny):
+    freeze(tiny, ["fc"])
+    images = torch.randn(4, 3, 8, 8)
+    fast = FastTrunk(Accelerator(cpu=True), split_model(tiny, images).trunk, images)
+    before = fast(images)
+    assert fast.gain_of_bf16(images) > 0
+    assert torch.equal(fast(images)[0], before[0])
+    assert fast(images)[0].dtype == torch.float32

@@ -62,6 +62,8 @@ class ModelConfig:
     """A torchvision classification model, by its torchvision name."""
     compile: Literal["auto", "on", "off"] = "auto"
     """Compile the frozen trunk (torch.compile); auto: if it saves more time than it takes, by a measurement."""
+    compile_tail: bool = False
+    """Compile what trains, too: takes minutes, for a long fine-tuning of more than the head."""
     weights: str = "default"
     """default (torchvision's best), none (random), the name of a torchvision weights entry such as IMAGENET1K_V2, a
     file or a checkpoint of a run, or a URL. The demo uses none."""
@@ -145,7 +147,7 @@ class RunConfig:
     keep: int = 2
     """Newest checkpoints to keep, at least 2; the best one is kept besides."""
     cache_memory: float = 2.0
-    """GiB of memory per process for features of the frozen trunk; what does not fit goes to a file."""
+    """GiB of memory per process for features of the frozen trunk; what does not fit goes to a file; 0 keeps none."""
     cache_dir: str | None = None
     """Folder where features are kept for other runs; None: the run's own, and they are deleted at its end."""
     output: str | None = None

@@ -619,6 +619,7 @@ class Normalize(nn.Module):
     """uint8 [B, 3, H, W] to float32, (x / 255 - mean) / std per channel, on the device of the images.
 
     `mean`, `std`: three numbers each, for pixels from 0 to 1. One multiply-add; its constants are not in state dicts.
+    The result is in channels_last format, and so is all that convolutions make of it, in the trunk and in the tail.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]):
@@ -628,4 +629,4 @@ class Normalize(nn.Module):
         self.register_buffer("shift", (-mean / std).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.addcmul(self.shift, images, self.scale)
+        return torch.addcmul(self.shift, images.contiguous(memory_format=torch.channels_last), self.scale)

@@ -103,6 +103,8 @@ def evaluate_run(
     normalize = loaded.transform.normalize
     sample = normalize(dataset.some(8).to(accelerator.device))
     parts = split_model(loaded.model, sample[:1])
+    if config["model"].get("compile_tail"):
+        parts.tail.compile(dynamic=False)
     workers = cores_per_process(accelerator) if workers is None else workers
     ranks, micro = accelerator.num_processes, compute["micro_batch"]
     batch = compute.get("trunk_batch", micro)

@@ -131,7 +131,7 @@ class Features:
         normalize: uint8 → float, on the device.
         sample: a few images as the trunk gets them.
         batch: images in a forward of the trunk, where its features are kept; None: 64, on a GPU 256.
-        memory: GiB that features may take on each process.
+        memory: GiB that features may take on each process; 0 without `lasting`: none are kept.
         folder: for files of features that memory has no room for.
         lasting: put the features of all streams there, to be found again by the next run; else they go with this one.
         loading: "workers" and "timeout" of `Stream`.
@@ -154,7 +154,7 @@ class Features:
         self.batch = batch or (256 if accelerator.device.type == "cuda" else 64)
         self.fast = None if isinstance(trunk, Uncut) else FastTrunk(accelerator, trunk, sample)
         self.rows = [] if self.fast is None else [(tensor.shape[1:], tensor.dtype) for tensor in self.fast(sample)]
-        self._sample, self._left = sample, memory * 2**30
+        self._sample, self._left, self._keeps = sample, memory * 2**30, lasting or memory > 0
         self._stream = partial(
             Stream, trunk=self.fast or trunk, normalize=normalize, accelerator=accelerator, **loading
         )
@@ -182,7 +182,8 @@ class Features:
         if self.fast is None:
             return []
         size = sum(dtype.itemsize * math.prod(shape) for shape, dtype in self.rows)
-        coming = {name: len(s) * (epochs if s.views is None else s.views) for name, s in streams.items()}
+        self._places = {stream: self._place(stream, size) for stream in streams.values()}
+        coming = {name: len(s) * (s.views if self._places[s] else epochs) for name, s in streams.items()}
         fresh = [name for name, stream in streams.items() if stream.views is None]
         if compile != "off":
             shape = (micro if fresh else self.batch, *self._sample.shape[1:])
@@ -190,10 +191,9 @@ class Features:
         shapes = " + ".join("×".join(map(str, shape)) for shape, _ in self.rows)
         lines, seconds = [f"features of {shapes}, {_bytes(size)} an image"], {"once": 0.0, "an epoch": 0.0}
         for name, stream in streams.items():
-            total = coming[name] * size
-            self._places[stream] = place = self._place(stream, total)
+            place = self._places[stream]
             where = {"memory": "kept in memory", "file": f"kept in {self.folder}", "": "computed in each epoch"}[place]
-            lines.append(f"{name} {where}" + f" ({_bytes(total)})" * (stream.views is not None))
+            lines.append(f"{name} {where}" + (f" ({_bytes(coming[name] * size)})" if place else ""))
             images = coming[name] if place else len(stream)
             seconds["once" if place else "an epoch"] += images * self._seconds(stream) / self.accelerator.num_processes
         times = [f"about {_time(value)} {when}" for when, value in seconds.items() if value]
@@ -204,6 +204,11 @@ class Features:
                 f"hint    --augment none would compute the features of {fresh[0]} once: {ratio:.1f}× less work; "
                 f"--views {few}: once for each of {few} augmented views, used in turn"
             )
+        elif (
+            seconds["once"] + epochs * seconds["an epoch"] > 30
+            and (ratio := self.fast.gain_of_bf16(self._sample)) > 1.5
+        ):
+            lines.append(f"hint    the trunk is {ratio:.1f}× faster in bf16: accelerate launch --mixed_precision bf16")
         return lines
 
     def keep(self, stream: "Stream", *, between: Callable[[], None] = lambda: None) -> Source:
@@ -241,9 +246,10 @@ class Features:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _place(self, stream: "Stream", size: int) -> str:
-        """ "memory", "file" or "" (a collective)."""
-        if stream.views is None:
+        """Where features of `size` bytes an image are kept: "memory", "file" or "" (a collective)."""
+        if stream.views is None or not self._keeps:
             return ""
+        size *= len(stream) * stream.views
         if size <= self._left:
             self._left -= size
             return "memory"
