@@ -136,6 +136,26 @@ def test_two_and_two_epochs_are_four_to_the_bit(four_epochs, program, tmp_path):
     assert again == lines[2:]
 
 
+def test_kept_features_train_the_weights_of_streamed_ones_to_the_bit(photos, program, tmp_path):
+    """All forwards have 10 images here; a forward of another size can have other last bits."""
+    options = ["--data", photos, *SMALL, "--augment", "none", "--exact", "--epochs", "3", "--batch-size", "20"]
+    options += ["--micro-batch", "10", "--workers", "0"]
+    kept = {"none": ["--cache-memory", "0"], "memory": [], "file": ["--cache-memory", "1e-9"]}
+    kept |= {name: ["--cache-dir", tmp_path / "cache"] for name in ("written", "found")}
+    found, lines = {}, {}
+    for name, more in kept.items():
+        done = program(*options, *more, "--output", name, processes=2 if name == "found" else 1, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("features found in") == (2 if name == "found" else 0)
+        assert not (tmp_path / name / "features").exists()
+        found[name] = _tensors(checkpoint.newest(tmp_path / name / "checkpoints"))
+        lines[name] = (tmp_path / name / "metrics.jsonl").read_text()
+        lines[name] = [line.partition('"images_per_second"')[0] for line in lines[name].splitlines()]
+    for name in kept:
+        assert lines[name] == lines["none"]
+        assert all(torch.equal(tensor, found["none"][key]) for key, tensor in found[name].items())
+
+
 def test_a_run_can_be_lengthened_in_place(four_epochs, program, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(four_epochs, run)
