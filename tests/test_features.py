@@ -89,6 +89,15 @@ def test_kept_features_are_the_streamed_ones(make, options, views):
     assert mixed["label"].tolist() == [2, 0, 1]
 
 
+def test_the_plan_says_what_is_kept_where_and_how_random_it_still_is(make):
+    features, stream = make(views=2)
+    fresh = features.stream(stream.dataset, views=None)
+    plan, hint = features.plan(val=stream, train=fresh, epochs=10, micro=4)
+    assert "features of 8, 32 B an image; val kept in memory (1.34 kB), 2 views: epoch 3 sees the images of ep" in plan
+    assert "train computed in each epoch: about 1 s once and about 1 s an epoch (trunk 2 BatchNorms folded" in plan
+    assert hint.startswith("hint    --augment none would compute the features of train once: 6.0× less work; --views 4")
+
+
 def test_new_views_in_each_epoch_are_not_kept(make):
     features, stream = make(views=None)
     assert features.keep(stream) is stream

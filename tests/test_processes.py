@@ -45,10 +45,15 @@ def test_what_all_processes_of_a_machine_find_is_said_once(capsys, monkeypatch):
     assert capsys.readouterr().err == "error: my bad\n"
 
 
-def test_cores_are_shared(monkeypatch):
+def test_cores_are_shared(monkeypatch, tmp_path):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)), raising=False)
     accelerator = processes.start()
     assert processes.cores_per_process(accelerator) == 12
+    monkeypatch.setattr(processes, "_QUOTA", tmp_path / "cpu.max")
+    for quota, cores in (("max 100000", 12), ("350000 100000", 3), ("50000 100000", 1)):
+        processes._QUOTA.write_text(f"{quota}\n")
+        assert processes.cores_per_process(accelerator) == cores
+    processes._QUOTA.unlink()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
     assert processes.cores_per_process(accelerator) == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "50")

@@ -194,6 +194,8 @@ class Features:
             place = self._places[stream]
             where = {"memory": "kept in memory", "file": f"kept in {self.folder}", "": "computed in each epoch"}[place]
             lines.append(f"{name} {where}" + (f" ({_bytes(coming[name] * size)})" if place else ""))
+            if place and stream.views > 1:
+                lines[-1] += f", {stream.views} views: epoch {stream.views + 1} sees the images of epoch 1 again"
             images = coming[name] if place else len(stream)
             seconds["once" if place else "an epoch"] += images * self._seconds(stream) / self.accelerator.num_processes
         times = [f"about {_time(value)} {when}" for when, value in seconds.items() if value]

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from importlib.metadata import version
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from trainer.preemption import Preempted
 from trainer.watch import Elsewhere, Watch, explained
 
 T = TypeVar("T")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU in a period of so many
 
 
 def start(*, exact: bool = False, timeout: float = 30.0) -> Accelerator:
@@ -95,6 +97,9 @@ def cores_per_process(accelerator: Accelerator) -> int:
     """CPU cores that this process may use, shared fairly with the others on this machine; at least 1."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # a container with all cores and the time of a few; "max 100000" is no limit
+        quota, period = _QUOTA.read_text().split()
+        cores = min(cores, int(quota) // int(period))
     return max(1, cores // here)
 
 
