@@ -181,6 +181,32 @@ def test_an_export_is_replaced_only_on_request_and_as_a_whole(tmp_path):
         export(run / "export", output=str(tmp_path / "again"))
 
 
+def test_the_files_of_others_stay_in_an_export(tmp_path):
+    run = write_run(tmp_path / "run", "squeezenet1_1", 32)
+    folder = export(run)
+    (folder / "samples").mkdir()
+    (folder / "samples" / "tit.jpg").write_text("x")
+    (folder / "LICENSE").write_text("x")
+    export(run, formats=("tail",), overwrite=True)
+    assert sorted(os.listdir(folder)) == ["LICENSE", "README.md", "model.json", "samples", "tail.safetensors"]
+    assert os.listdir(folder / "samples") == ["tit.jpg"]
+    verify(str(folder))
+
+
+def test_any_empty_folder_can_be_exported_to(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", "squeezenet1_1", 32).absolute()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for output, folder in ((".", "empty"), ("../new/../other", "other"), ("~/home", "home")):
+        export(run, formats=("tail",), output=output)
+        assert sorted(os.listdir(tmp_path / folder)) == ["README.md", "model.json", "tail.safetensors"]
+    assert sorted(os.listdir(".")) == ["README.md", "model.json", "tail.safetensors"]  # not another folder of that name
+    with pytest.raises(UsageError, match="empty is there already"):
+        export(run, output="new/..")
+    assert sorted(os.listdir(tmp_path)) == ["empty", "home", "other", "run"]
+
+
 def test_a_full_disk_leaves_the_old_export(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", "squeezenet1_1", 32)
     export(run, formats=("tail",))

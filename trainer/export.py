@@ -60,7 +60,7 @@ def export(
     if path.name in FORMATS.values():
         raise UsageError(f"{path} is an export itself; expected a run or a checkpoint.")
     home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    folder = Path(output) if output else home / "export"
+    folder = Path(os.path.expanduser(output)).resolve() if output else home / "export"
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not (overwrite and (folder / ABOUT).is_file()):
         raise UsageError(f"{folder} is there already; replace an export with --overwrite, or give another --output.")
@@ -72,7 +72,7 @@ def export(
     about = {key: value for key, value in loaded.about.items() if key not in ("format", "optimizer", "scaler", "ema")}
     about |= {"builder": loaded.builder, "input": asdict(loaded.input), "preprocessing": preprocessing, "files": {}}
     about |= {"checkpoint": path.name, "torch": torch.__version__, "torchvision": torchvision.__version__}
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    temporary = (folder if folder.is_dir() else folder.parent) / f".tmp-{folder.name}-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
         for kind in formats:
@@ -258,16 +258,18 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def _swap(temporary: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an old export, if there is one."""
+    """Put a finished folder in its place, or its files in the place of an old export's: what else is there stays."""
     for path in [*temporary.iterdir(), temporary]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    old = temporary.with_name(temporary.name + "-old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    for name in (ABOUT, "README.md", "model.onnx.data", *FORMATS.values()):  # without its model.json no mixture of two is an export
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == ABOUT):
+        os.replace(path, folder / path.name)
 
 
 _USE = {
