@@ -250,6 +250,22 @@ def test_a_damaged_export_is_found(tmp_path):
         verify(str(tmp_path / "copy"))
 
 
+def test_an_edited_description_is_found(tmp_path):
+    folder = export(write_run(tmp_path / "run", "squeezenet1_1", 32), formats=("tail",))
+    path = folder / "model.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about))  # laid out in another way, and the same
+    verify(str(folder))
+    changes = {"classes": ["b", "a", "ç {x}"], "input": about["input"] | {"mean": [0.0] * 3}, "files": {}, "base": 5}
+    edited = [json.dumps(about | {key: value}) for key, value in changes.items()]
+    edited.append(json.dumps({key: value for key, value in about.items() if key != "input"}))
+    for text in (*edited, json.dumps([about]), "{}", "5", "{", "\xff"):
+        path.write_text(text, encoding="latin-1")
+        for use in (verify, inspect, trainer.load):
+            with pytest.raises(CheckpointError, match=r"model\.json (was edited|is damaged: it is not JSON)"):
+                use(str(folder))
+
+
 def test_a_moved_base_is_where_the_export_says(tmp_path):
     torch.save(models.squeezenet1_1().state_dict(), tmp_path / "base.pth")
     run = write_run(tmp_path / "run", "squeezenet1_1", 32, weights=str(tmp_path / "base.pth"))

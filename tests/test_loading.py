@@ -126,7 +126,10 @@ def test_what_is_no_run(tmp_path):
         trainer.load(tmp_path / "x.safetensors")
     (tmp_path / "model.json").write_text(json.dumps({"classes": []}))
     (tmp_path / "model.pt").write_bytes(b"zip")
-    with pytest.raises(CheckpointError, match=r"model\.pt with its model\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.pt cannot be read"):
+        trainer.load(tmp_path)
+    torch.save({}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model\.json was edited, or is damaged"):
         trainer.load(tmp_path)
 
 

@@ -2,7 +2,7 @@
 
 export/
     README.md            model card
-    model.json           classes, transforms, how to build the model, where it is from, the files and their sha256
+    model.json           classes, transforms, how to build the model, where it is from; sha256 of it and of the files
     tail.safetensors     tail: what was trained; with the base that model.json names it is the model
     model.pt             merged: a state dict for the module that torchvision builds
     model.pt2            program: torch.export, for any number of images
@@ -32,7 +32,7 @@ from trainer.data import Digits, Normalize
 from trainer.errors import DataError, UsageError
 from trainer.evaluation import validation_images
 from trainer.freezing import trained_tensors
-from trainer.loading import ABOUT, MERGED, TAIL, Loaded, find, load, load_merged, stock
+from trainer.loading import ABOUT, MERGED, TAIL, Loaded, digest, find, load, load_merged, stock
 
 FORMATS = {"tail": TAIL, "merged": MERGED, "program": "model.pt2", "onnx": "model.onnx", "npz": "model.npz"}
 Case = tuple[Tensor, Tensor]  # what a model is given, and the logits expected
@@ -77,7 +77,7 @@ def export(
         temporary.mkdir(parents=True)
         for kind in formats:
             file, exact = temporary / FORMATS[kind], kind in ("tail", "merged", "npz")
-            _write_json(temporary / ABOUT, about)  # the tail is read with it
+            _write_about(temporary / ABOUT, about)  # the tail is read with it
             raw = preprocessing and not exact
             cases = _cases(loaded, images, raw=raw)
             difference = _difference(
@@ -87,7 +87,7 @@ def export(
             about["files"][file.name] = facts | {"compared_on": title}
             same = "bit-equal logits" if difference == 0 else f"logits differ by {difference:.1e} at most"
             print(f"{folder / file.name}  {file.stat().st_size / 1e6:,.1f} MB  {same} on {title}", flush=True)
-        _write_json(temporary / ABOUT, about)
+        _write_about(temporary / ABOUT, about)
         (temporary / "README.md").write_text(_card(about, home.absolute().name), encoding="utf-8")
         _swap(temporary, folder)
     finally:
@@ -253,8 +253,9 @@ class Preprocess(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_about(path: Path, about: dict[str, Any]) -> None:
+    about = about | {"sha256": digest(about)}
+    path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _swap(temporary: Path, folder: Path) -> None:
@@ -266,7 +267,7 @@ def _swap(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         os.replace(temporary, folder)
         return
-    for name in (ABOUT, "README.md", "model.onnx.data", *FORMATS.values()):  # without its model.json no mixture of two is an export
+    for name in (ABOUT, "README.md", "model.onnx.data", *FORMATS.values()):  # model.json first: no mixture is an export
         (folder / name).unlink(missing_ok=True)
     for path in sorted(temporary.iterdir(), key=lambda path: path.name == ABOUT):
         os.replace(path, folder / path.name)

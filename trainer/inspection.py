@@ -282,7 +282,7 @@ def verify(path: str, *, weights: str | None = None) -> None:
 def _verified(file: Path, weights: str | None) -> str:
     """What was found right; raises what is wrong."""
     if file.name == loading.ABOUT:  # of an export: all its files
-        files = json_module.loads(file.read_text(encoding="utf-8"))["files"]
+        files = loading.read_about(file)["files"]
         for name, facts in files.items():
             if hashlib.sha256(file.with_name(name).read_bytes()).hexdigest() != facts["sha256"]:
                 raise CheckpointError(f"{file.with_name(name)} is damaged: its content does not match its sha256.")

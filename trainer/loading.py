@@ -8,6 +8,7 @@ A checkpoint holds what was trained. The frozen rest is found by what the checkp
 file, a URL, a seed), and held against the fingerprint that the checkpoint has of it.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -154,15 +155,33 @@ def read(path: Path) -> checkpoint.State:
             raise CheckpointError(f"{path} is no checkpoint, nor is it {TAIL} of an export with {ABOUT} beside it.")
         return checkpoint.read(path)
     try:
-        state = json.loads(path.with_name(ABOUT).read_text(encoding="utf-8"))
         if path.name == TAIL:
-            state["model"] = safetensors.torch.load_file(path)
+            tensors = safetensors.torch.load_file(path)
         else:
-            state["model"] = torch.load(path, map_location="cpu", weights_only=True)
-        state["freeze_plan"], state["classes"], state["config"]
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
-        raise CheckpointError(f"{path} with its {ABOUT} cannot be read: {error}") from error
-    return state
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    return read_about(path.with_name(ABOUT)) | {"model": tensors}
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What the model.json of an export says.
+
+    Raises:
+        CheckpointError: damaged, or edited.
+    """
+    try:
+        about = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: it is not JSON: {error}.") from error
+    if not isinstance(about, dict) or about.pop("sha256", None) != digest(about):
+        raise CheckpointError(f"{path} was edited, or is damaged: its content does not match its sha256. Export again.")
+    return about
+
+
+def digest(about: dict[str, Any]) -> str:
+    """The sha256 of what a model.json says, however it is laid out."""
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
 def stock(builder: dict[str, Any]) -> nn.Module:
