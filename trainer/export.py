@@ -104,8 +104,9 @@ def _check_formats(formats: tuple[str, ...]) -> None:
                 "today's code, so that it breaks with the next version, and to open it is to run whatever code it "
                 "holds. Take merged, a state dict that torchvision's own model loads, or program, which needs no code."
             )
-    if unknown := [name for name in formats if name not in FORMATS] or not formats:
-        raise UsageError(f"--formats {unknown}: expected some of {', '.join(FORMATS)}.")
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise UsageError(f"--formats {' '.join(unknown) or 'is empty'}: expected some of {', '.join(FORMATS)}.")
     needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UsageError(f'--formats onnx needs {", ".join(missing)}: pip install -e ".[onnx]"')
