@@ -15,6 +15,7 @@ and where they go, is a `Match`; what came of it is a `Report`.
 import argparse
 import hashlib
 import http.client
+import os
 import re
 import socket
 import sys
@@ -167,7 +168,7 @@ def fetch_weights(model: str, weights: str) -> Source:
     if re.match(r"(https?|file)://", weights, re.IGNORECASE):
         path, sha256 = _fetch_url(weights)
         return Source(path, {"source": "url", "url": weights, "sha256": sha256})
-    path = Path(weights).expanduser().absolute()  # absolute: a resumed run may start in another folder
+    path = Path(os.path.expanduser(weights)).absolute()  # absolute: a resumed run may start in another folder
     if path.is_file():
         return Source(path, {"source": "file", "path": str(path), "sha256": _sha256(path)})
     names = ", ".join(enum.name for enum in dict.fromkeys(_by_name(models.get_model_weights(model)).values()))
