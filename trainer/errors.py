@@ -45,6 +45,13 @@ class NumericalError(ValueError):
 MENDABLE = (UsageError, DataError, CheckpointError, NumericalError)  # by the user, whom a traceback would not help
 
 
+def check_least(least: int, **given: int | None) -> None:
+    """Raise UsageError for a number that is given and less than that."""
+    for name, value in given.items():
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}: expected at least {least}.")
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of the program that an error ends: its own, 74 (`EX_IOERR`) for OSError, or 1."""
     return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)

@@ -11,6 +11,7 @@ file, a URL, a seed), and held against the fingerprint that the checkpoint has o
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,20 @@ def load(
         backbone: for a module of your own: what `build_model` made of it, for as many classes, before training.
 
     Raises:
-        UsageError: there is no such file or run, or it needs `backbone`.
+        UsageError: there is no such file, run or device, or it needs `backbone`.
         CheckpointError: damaged, or it does not belong to these frozen weights; names the tensors.
         DataError: the frozen weights cannot be had.
     """
-    path = find(run_or_file)
-    state = read(path)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device, tensors = torch.device(device), state.pop("model")
+    try:
+        device = torch.empty(0, device=device).device
+    except Exception as error:  # torch has a type of error for each kind of device that is not here
+        reason = re.split(r"\. |\n", str(error))[0]
+        raise UsageError(f"device {device} cannot be used: {reason}.") from error
+    path = find(run_or_file)
+    state = read(path)
+    tensors = state.pop("model")
     builder = state.get("builder")
     if path.name == MERGED and builder:
         model, spec = stock(builder), InputSpec(**state["input"])
@@ -126,7 +132,7 @@ def find(run_or_file: str | os.PathLike[str]) -> Path:
         UsageError: there is none.
         CheckpointError: none of the run's checkpoints can be used.
     """
-    path = Path(run_or_file).expanduser()
+    path = Path(os.path.expanduser(run_or_file))
     if path.is_file():
         return path
     for name in ("checkpoints/best.pt", MERGED, TAIL):
