@@ -5,6 +5,7 @@ a traceback; called from a notebook or a test they are ordinary `ValueError`s.
 """
 
 import errno
+import re
 import resource
 from collections.abc import Sequence
 
@@ -55,6 +56,11 @@ def check_least(least: int, **given: int | None) -> None:
 def exit_code(error: BaseException) -> int:
     """The exit code of the program that an error ends: its own, 74 (`EX_IOERR`) for OSError, or 1."""
     return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)
+
+
+def first_sentence(error: Exception) -> str:
+    """What torch says of an error, without the advice that follows, such as to load a file with weights_only=False."""
+    return re.split(r"\. |\n", str(error))[0].rstrip(".")
 
 
 def explained(error: Exception) -> Exception:
