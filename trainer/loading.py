@@ -11,7 +11,6 @@ file, a URL, a seed), and held against the fingerprint that the checkpoint has o
 import hashlib
 import json
 import os
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torchvision import models
 from trainer import checkpoint
 from trainer.backbones import Backbone, InputSpec, builder_arguments, fill, rebuild
 from trainer.data import Normalize, decode, eval_transform, to_rgb
-from trainer.errors import CheckpointError, UsageError
+from trainer.errors import CheckpointError, UsageError, first_sentence
 from trainer.freezing import freeze
 
 # The files of an export, see `export`: what it says of itself, and the two that a model can be loaded from.
@@ -39,7 +38,8 @@ class Loaded:
     Attributes:
         model: images [B, 3, S, S], float, normalised, to logits [B, C]; in eval mode, on the device.
         classes: the name of each logit.
-        transform: a path, a Pillow image or a uint8 tensor [3, H, W] to what the model takes, [3, S, S] on the device.
+        transform: a path, a Pillow image or a uint8 tensor [3, H, W] to what the model takes, [3, S, S] on the device;
+            a batch of such tensors, [B, 3, H, W], to [B, 3, S, S].
         input: the numbers behind `transform`.
         builder: what `torchvision.models.get_model` builds the same module from; None for a module of your own.
         about: what the file says besides: "base", "freeze_plan", "config", "metrics", "epoch", "step" and so on.
@@ -56,7 +56,7 @@ class Loaded:
 
 
 class Transform:
-    """An image as the model takes it, bit for bit as in the evaluations of its training.
+    """An image as the model takes it, bit for bit as in the evaluations of its training. UsageError if it is none.
 
     Attributes:
         resize: uint8 [3, H, W] to uint8 [3, S, S]. normalize: uint8 [B, 3, S, S] to float32, on the device.
@@ -71,6 +71,10 @@ class Transform:
             image = decode(image)
         elif isinstance(image, Image.Image):
             image = to_rgb(image)
+        plain = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim in (3, 4)
+        if not plain or image.shape[-3] != 3:
+            given = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise UsageError(f"the image is {given}; expected a path, a Pillow image, uint8 [3, H, W] or [B, 3, H, W].")
         return self.normalize(self.resize(image)[None].to(self.device))[0]
 
 
@@ -99,8 +103,7 @@ def load(
     try:
         device = torch.empty(0, device=device).device
     except Exception as error:  # torch has a type of error for each kind of device that is not here
-        reason = re.split(r"\. |\n", str(error))[0]
-        raise UsageError(f"device {device} cannot be used: {reason}.") from error
+        raise UsageError(f"device {device} cannot be used: {first_sentence(error)}.") from error
     path = find(run_or_file)
     state = read(path)
     tensors = state.pop("model")
@@ -135,10 +138,10 @@ def find(run_or_file: str | os.PathLike[str]) -> Path:
     path = Path(os.path.expanduser(run_or_file))
     if path.is_file():
         return path
-    for name in ("checkpoints/best.pt", MERGED, TAIL):
+    for name in ("checkpoints/best.pt", "best.pt", MERGED, TAIL):  # the second: in a folder of checkpoints
         if (path / name).is_file():
             return path / name
-    newest = checkpoint.newest(path / "checkpoints")
+    newest = checkpoint.newest(path / "checkpoints") or checkpoint.newest(path)
     if newest is None:
         what = "holds neither checkpoints nor an exported model" if path.is_dir() else "does not exist"
         raise UsageError(f"{path} {what}; expected a run such as runs/photos-resnet50, a checkpoint, or an export.")
@@ -166,7 +169,7 @@ def read(path: Path) -> checkpoint.State:
         else:
             tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {first_sentence(error)}.") from error
     return read_about(path.with_name(ABOUT)) | {"model": tensors}
 
 
