@@ -106,3 +106,5 @@ def test_a_folder_is_evaluated(digits_run, tmp_path, monkeypatch):
     assert (found["samples"], found["classes"]["3"]["samples"], found["classes"]["0"]) == (1, 1, {"samples": 0})
     with pytest.raises(UsageError, match="no folder 'nowhere'"):
         evaluate_run(str(digits_run), data="nowhere")
+    with pytest.raises(UsageError, match="workers is -1: expected at least 0"):
+        evaluate_run(str(digits_run), workers=-1)

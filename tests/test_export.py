@@ -181,6 +181,32 @@ def test_an_export_is_replaced_only_on_request_and_as_a_whole(tmp_path):
         export(run / "export", output=str(tmp_path / "again"))
 
 
+def test_the_files_of_others_stay_in_an_export(tmp_path):
+    run = write_run(tmp_path / "run", "squeezenet1_1", 32)
+    folder = export(run)
+    (folder / "samples").mkdir()
+    (folder / "samples" / "tit.jpg").write_text("x")
+    (folder / "LICENSE").write_text("x")
+    export(run, formats=("tail",), overwrite=True)
+    assert sorted(os.listdir(folder)) == ["LICENSE", "README.md", "model.json", "samples", "tail.safetensors"]
+    assert os.listdir(folder / "samples") == ["tit.jpg"]
+    verify(str(folder))
+
+
+def test_any_empty_folder_can_be_exported_to(tmp_path, monkeypatch):
+    run = write_run(tmp_path / "run", "squeezenet1_1", 32).absolute()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for output, folder in ((".", "empty"), ("../new/../other", "other"), ("~/home", "home")):
+        export(run, formats=("tail",), output=output)
+        assert sorted(os.listdir(tmp_path / folder)) == ["README.md", "model.json", "tail.safetensors"]
+    assert sorted(os.listdir(".")) == ["README.md", "model.json", "tail.safetensors"]  # not another folder of that name
+    with pytest.raises(UsageError, match="empty is there already"):
+        export(run, output="new/..")
+    assert sorted(os.listdir(tmp_path)) == ["empty", "home", "other", "run"]
+
+
 def test_a_full_disk_leaves_the_old_export(tmp_path, monkeypatch):
     run = write_run(tmp_path / "run", "squeezenet1_1", 32)
     export(run, formats=("tail",))
@@ -196,8 +222,8 @@ def test_a_full_disk_leaves_the_old_export(tmp_path, monkeypatch):
     ("formats", "says"),
     [
         (("pickle",), "a pickle of the whole model is not written.*runs? whatever code.*Take merged"),
-        (("jpeg",), r"\['jpeg'\]: expected some of tail, merged, program, onnx, npz"),
-        ((), "expected some of tail"),
+        (("tail", "jpeg"), "--formats jpeg: expected some of tail, merged, program, onnx, npz"),
+        ((), "--formats is empty: expected some of tail"),
     ],
 )
 def test_formats_that_are_refused(formats, says, tmp_path):
@@ -222,6 +248,22 @@ def test_a_damaged_export_is_found(tmp_path):
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=r"model\.pt is damaged: its content does not match its sha256"):
         verify(str(tmp_path / "copy"))
+
+
+def test_an_edited_description_is_found(tmp_path):
+    folder = export(write_run(tmp_path / "run", "squeezenet1_1", 32), formats=("tail",))
+    path = folder / "model.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps(about))  # laid out in another way, and the same
+    verify(str(folder))
+    changes = {"classes": ["b", "a", "ç {x}"], "input": about["input"] | {"mean": [0.0] * 3}, "files": {}, "base": 5}
+    edited = [json.dumps(about | {key: value}) for key, value in changes.items()]
+    edited.append(json.dumps({key: value for key, value in about.items() if key != "input"}))
+    for text in (*edited, json.dumps([about]), "{}", "5", "{", "\xff"):
+        path.write_text(text, encoding="latin-1")
+        for use in (verify, inspect, trainer.load):
+            with pytest.raises(CheckpointError, match=r"model\.json (was edited|is damaged: it is not JSON)"):
+                use(str(folder))
 
 
 def test_a_moved_base_is_where_the_export_says(tmp_path):

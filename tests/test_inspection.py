@@ -80,9 +80,10 @@ def test_a_run_says_what_it_holds_and_what_it_was_trained_with(digits_run, capsy
 
 
 @pytest.mark.parametrize("suffix", [".json", ".yaml"])
-def test_a_plan_is_saved(digits_run, suffix, tmp_path, capsys):
+def test_a_plan_is_saved(digits_run, suffix, tmp_path, capsys, monkeypatch):
     path = tmp_path / f"plan{suffix}"
-    inspect(str(digits_run), save_plan=str(path))
+    monkeypatch.setenv("HOME", str(path.parent))
+    inspect(str(digits_run), save_plan=f"~/{path.name}")
     assert rules.read(path) == ("head",)  # as --freeze-plan takes it
 
 
@@ -128,6 +129,8 @@ def test_a_file_of_weights_is_listed(tmp_path, capsys):
         ({"target": "resnet19"}, "closest: resnet18"),
         ({"target": "resnet18", "grep": "("}, "is not a regular expression"),
         ({"target": "resnet18", "train": ("layer9",)}, "matches no parameter"),
+        ({"target": "inception_v3", "image_size": 74}, "image_size is 74: inception_v3 takes 75 pixels or more"),
+        ({"target": "vgg11", "image_size": 31}, "image_size is 31: vgg11 takes 32 pixels or more"),
         ({}, "expected either a model, checkpoint or run to show, or --diff A B"),
         ({"target": "resnet18", "diff": ("a", "b")}, "expected either"),
     ],

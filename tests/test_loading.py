@@ -41,6 +41,20 @@ def test_the_transform_takes_paths_pictures_and_tensors(digits_run, tmp_path):
         assert torch.equal(transform(other), tensor)
 
 
+def test_the_transform_takes_batches_and_nothing_else(digits_run):
+    transform, images = trainer.load(digits_run).transform, torch.stack([Digits()[0], Digits()[1]])  # [2, 3, H, W]
+    assert torch.equal(transform(images), torch.stack([transform(image) for image in images]))
+    for wrong, given in (
+        (images[0].float() / 255, r"torch\.float32 \[3, "),
+        (images[0, :1], r"torch\.uint8 \[1, "),
+        (images[0].permute(1, 2, 0), r"torch\.uint8 \[\d+, \d+, 3\]"),
+        (images[None], r"torch\.uint8 \[1, 2, 3, "),
+        (images[0].numpy(), "ndarray"),
+    ):
+        with pytest.raises(UsageError, match=rf"the image is {given}.*; expected a path, .*\[B, 3, H, W\]"):
+            transform(wrong)
+
+
 def test_on_another_device(digits_run):
     loaded = trainer.load(digits_run, device="meta")
     assert {value.device.type for value in loaded.model.state_dict().values()} == {"meta"}
@@ -51,6 +65,8 @@ def test_without_a_best_checkpoint_the_newest_counts(digits_run, tmp_path):
     shutil.copytree(digits_run / "checkpoints", tmp_path / "checkpoints")
     (tmp_path / "checkpoints" / "best.pt").unlink()
     assert loading.find(tmp_path).name == "step-00000046.pt"
+    assert loading.find(tmp_path / "checkpoints").name == "step-00000046.pt"  # named itself
+    assert loading.find(digits_run / "checkpoints").name == "best.pt"
 
 
 def test_a_base_from_a_file_and_when_the_file_has_moved(tmp_path):
@@ -126,7 +142,10 @@ def test_what_is_no_run(tmp_path):
         trainer.load(tmp_path / "x.safetensors")
     (tmp_path / "model.json").write_text(json.dumps({"classes": []}))
     (tmp_path / "model.pt").write_bytes(b"zip")
-    with pytest.raises(CheckpointError, match=r"model\.pt with its model\.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"model\.pt cannot be read: [^.]*\.$"):  # not torch's advice
+        trainer.load(tmp_path)
+    torch.save({}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model\.json was edited, or is damaged"):
         trainer.load(tmp_path)
 
 

@@ -69,6 +69,31 @@ def test_results_come_in_order(digits_run, images):
         torch.testing.assert_close(left, right, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"top": 0}, "top is 0: expected at least 1"),
+        ({"batch_size": 0}, "batch_size is 0: expected at least 1"),
+        ({"workers": -1}, "workers is -1: expected at least 0"),
+        ({"device": "foo"}, "device foo cannot be used: Expected one of cpu, cuda"),
+        ({"device": "cuda:99"}, "device cuda:99 cannot be used: "),
+    ],
+)
+def test_numbers_and_devices_that_cannot_be(digits_run, images, options, says):
+    with pytest.raises(UsageError, match=says):
+        predict(str(digits_run), (str(images),), **options)
+
+
+def test_a_table_that_cannot_be_written_is_known_before_the_work(images, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for target in ("images", "nowhere/out.csv", "images/0.png/out.csv"):
+        with pytest.raises(OSError, match=rf": '{tmp_path}/{target}'$"):
+            predict("no run", (str(images),), csv=f"~/{target}")
+    with pytest.raises(UsageError, match="no run does not exist"):
+        predict("no run", (str(images),), csv="~/out.csv")
+    assert os.listdir(tmp_path) == ["images"]
+
+
 def test_nothing_to_classify(digits_run, tmp_path):
     with pytest.raises(UsageError, match="no image to classify: expected files, folders or patterns"):
         predict(str(digits_run), (str(tmp_path),))

@@ -140,7 +140,7 @@ def test_names_of_torchvision_weights(weights, name):
         ("resnet50", "IMAGENET1K_V9", "default, none, IMAGENET1K_V1, IMAGENET1K_V2"),
         ("resnet50", "ResNet18_Weights.IMAGENET1K_V1", "IMAGENET1K_V2"),  # another model's
         ("resnet18", "not-here.pth", "neither a file"),
-        ("resnet18", ".", "neither a file"),
+        ("resnet18", ".", "is a folder; expected a file, such as checkpoints/best.pt in a run"),
         ("resnet18", "s3://bucket/resnet18.pth", "http, https or file URL"),
         ("vgg16", "IMAGENET1K_FEATURES", "default, none, IMAGENET1K_V1"),  # no classifier in it
     ],
@@ -327,7 +327,13 @@ def test_damaged_files_are_named(net, tmp_path, suffix, damage):
 
 
 @pytest.mark.parametrize(
-    ("content", "found"), [([1, 2], "list"), ({"epoch": 3, "net": {}}, "epoch, net"), (torch.zeros(3), "Tensor")]
+    ("content", "found"),
+    [
+        ([1, 2], "list"),
+        ({"epoch": 3, "net": {}}, r"'epoch' \(int\), 'net' \(dict\)"),
+        (torch.zeros(3), "Tensor"),
+        ({"state_dict": {}}, "no entries"),
+    ],
 )
 def test_files_that_hold_something_else(net, tmp_path, content, found):
     with pytest.raises(DataError, match=f"not a state dict.*{found}"):
@@ -335,24 +341,42 @@ def test_files_that_hold_something_else(net, tmp_path, content, found):
 
 
 @pytest.mark.parametrize(
-    "content",
+    ("content", "found"),
     [
-        {1: torch.zeros(1)},
-        {"state_dict": {"conv.weight": [1.0]}},
-        {"conv.weight": torch.zeros(1), "epoch": 3},
-        {"model": {"ema": {"model": 3}}},
+        ({1: torch.zeros(1)}, "1 (Tensor)"),
+        ({"state_dict": {"conv.weight": [1.0]}}, "'conv.weight' (list)"),
+        ({"conv.weight": torch.zeros(1), "epoch": 3}, "'epoch' (int)"),
+        ({"model": {"ema": {"model": 3}}}, "'model' (int)"),
     ],
 )
-def test_files_with_odd_keys_and_values(net, tmp_path, content):
-    with pytest.raises(DataError, match=r"is not a state dict, nor holds one as state_dict, model, .*: found keys"):
+def test_files_with_odd_keys_and_values(net, tmp_path, content, found):
+    says = r"is not a state dict, nor holds one as state_dict, model, .*: found " + re.escape(found)
+    with pytest.raises(DataError, match=f"{says}$"):
         load(net, write(tmp_path / "odd.pth", content))
 
 
 def test_a_dict_that_holds_itself(net, tmp_path):
     content = {}
     content["model"] = content
-    with pytest.raises(DataError, match=r"is not a state dict, nor holds one as .*: found keys model"):
+    with pytest.raises(DataError, match=r"is not a state dict, nor holds one as .*: found 'model' \(dict\)"):
         load(net, write(tmp_path / "endless.pth", content))
+
+
+def test_files_that_are_not_what_they_are_called(net, tmp_path):
+    saved, kept = tmp_path / "saved.pt", tmp_path / "kept.safetensors"
+    torch.save(net.state_dict(), saved)
+    safetensors.torch.save_file(net.state_dict(), kept)
+    for name, content, says in (
+        ("a.safetensors", saved.read_bytes(), "by its content it is a .pt file: rename it"),
+        ("b.pt", kept.read_bytes(), "by its content it is a .safetensors file: rename it"),
+        ("c.pth", b"<html>404</html>", "it begins with b'<html>404'"),
+        ("d.safetensors", b"hello", "it begins with b'hello'"),
+        ("e.pt", b"", "it is empty"),
+        ("f.safetensors", b"", "it is empty"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=f"cannot read .*{name} as weights: {says}"):
+            load(net, tmp_path / name)
 
 
 @pytest.mark.filterwarnings("ignore:Validating sparse tensor")

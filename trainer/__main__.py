@@ -105,7 +105,7 @@ class Export:
     preprocessing: bool = False
     """Put resizing, cropping and normalisation into program and onnx: they then take uint8 images of any size."""
     overwrite: bool = False
-    """Replace an export that is there."""
+    """Replace the files of an export that is there; others in its folder stay."""
     weights: str | None = None
     """Where the frozen weights are, if not where they were in training."""
 

@@ -5,6 +5,7 @@ a traceback; called from a notebook or a test they are ordinary `ValueError`s.
 """
 
 import errno
+import re
 import resource
 from collections.abc import Sequence
 
@@ -45,9 +46,21 @@ class NumericalError(ValueError):
 MENDABLE = (UsageError, DataError, CheckpointError, NumericalError)  # by the user, whom a traceback would not help
 
 
+def check_least(least: int, **given: int | None) -> None:
+    """Raise UsageError for a number that is given and less than that."""
+    for name, value in given.items():
+        if value is not None and value < least:
+            raise UsageError(f"{name} is {value}: expected at least {least}.")
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of the program that an error ends: its own, 74 (`EX_IOERR`) for OSError, or 1."""
     return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)
+
+
+def first_sentence(error: Exception) -> str:
+    """What torch says of an error, without the advice that follows, such as to load a file with weights_only=False."""
+    return re.split(r"\. |\n", str(error))[0].rstrip(".")
 
 
 def explained(error: Exception) -> Exception:

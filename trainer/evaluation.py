@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from trainer import loading
 from trainer.data import Images, load_data, load_test
-from trainer.errors import DataError
+from trainer.errors import DataError, check_least
 from trainer.features import Features, Source
 from trainer.metrics import Totals, means
 from trainer.processes import cores_per_process, in_turn, say, start
@@ -85,6 +85,7 @@ def evaluate_run(
     Returns:
         {"checkpoint", "data", "samples", "all": {"loss": ..., "accuracy": ...}, "classes": {name: {"samples", ...}}}
     """
+    check_least(0, workers=workers)
     path = loading.find(run)
     state = loading.read(path)
     compute, config = state["compute"], state["config"]

@@ -2,7 +2,7 @@
 
 export/
     README.md            model card
-    model.json           classes, transforms, how to build the model, where it is from, the files and their sha256
+    model.json           classes, transforms, how to build the model, where it is from; sha256 of it and of the files
     tail.safetensors     tail: what was trained; with the base that model.json names it is the model
     model.pt             merged: a state dict for the module that torchvision builds
     model.pt2            program: torch.export, for any number of images
@@ -32,7 +32,7 @@ from trainer.data import Digits, Normalize
 from trainer.errors import DataError, UsageError
 from trainer.evaluation import validation_images
 from trainer.freezing import trained_tensors
-from trainer.loading import ABOUT, MERGED, TAIL, Loaded, find, load, load_merged, stock
+from trainer.loading import ABOUT, MERGED, TAIL, Loaded, digest, find, load, load_merged, stock
 
 FORMATS = {"tail": TAIL, "merged": MERGED, "program": "model.pt2", "onnx": "model.onnx", "npz": "model.npz"}
 Case = tuple[Tensor, Tensor]  # what a model is given, and the logits expected
@@ -60,7 +60,7 @@ def export(
     if path.name in FORMATS.values():
         raise UsageError(f"{path} is an export itself; expected a run or a checkpoint.")
     home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    folder = Path(output) if output else home / "export"
+    folder = Path(os.path.expanduser(output)).resolve() if output else home / "export"
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not (overwrite and (folder / ABOUT).is_file()):
         raise UsageError(f"{folder} is there already; replace an export with --overwrite, or give another --output.")
@@ -72,12 +72,12 @@ def export(
     about = {key: value for key, value in loaded.about.items() if key not in ("format", "optimizer", "scaler", "ema")}
     about |= {"builder": loaded.builder, "input": asdict(loaded.input), "preprocessing": preprocessing, "files": {}}
     about |= {"checkpoint": path.name, "torch": torch.__version__, "torchvision": torchvision.__version__}
-    temporary = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    temporary = (folder if folder.is_dir() else folder.parent) / f".tmp-{folder.name}-{os.getpid()}"
     try:
         temporary.mkdir(parents=True)
         for kind in formats:
             file, exact = temporary / FORMATS[kind], kind in ("tail", "merged", "npz")
-            _write_json(temporary / ABOUT, about)  # the tail is read with it
+            _write_about(temporary / ABOUT, about)  # the tail is read with it
             raw = preprocessing and not exact
             cases = _cases(loaded, images, raw=raw)
             difference = _difference(
@@ -87,7 +87,7 @@ def export(
             about["files"][file.name] = facts | {"compared_on": title}
             same = "bit-equal logits" if difference == 0 else f"logits differ by {difference:.1e} at most"
             print(f"{folder / file.name}  {file.stat().st_size / 1e6:,.1f} MB  {same} on {title}", flush=True)
-        _write_json(temporary / ABOUT, about)
+        _write_about(temporary / ABOUT, about)
         (temporary / "README.md").write_text(_card(about, home.absolute().name), encoding="utf-8")
         _swap(temporary, folder)
     finally:
@@ -104,8 +104,9 @@ def _check_formats(formats: tuple[str, ...]) -> None:
                 "today's code, so that it breaks with the next version, and to open it is to run whatever code it "
                 "holds. Take merged, a state dict that torchvision's own model loads, or program, which needs no code."
             )
-    if unknown := [name for name in formats if name not in FORMATS] or not formats:
-        raise UsageError(f"--formats {unknown}: expected some of {', '.join(FORMATS)}.")
+    unknown = [name for name in formats if name not in FORMATS]
+    if unknown or not formats:
+        raise UsageError(f"--formats {' '.join(unknown) or 'is empty'}: expected some of {', '.join(FORMATS)}.")
     needed = ("onnx", "onnxscript", "onnxruntime") if "onnx" in formats else ()
     if missing := [name for name in needed if importlib.util.find_spec(name) is None]:
         raise UsageError(f'--formats onnx needs {", ".join(missing)}: pip install -e ".[onnx]"')
@@ -253,21 +254,24 @@ class Preprocess(nn.Module):
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def _write_about(path: Path, about: dict[str, Any]) -> None:
+    about = about | {"sha256": digest(about)}
+    path.write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _swap(temporary: Path, folder: Path) -> None:
-    """Put a finished folder in the place of an old export, if there is one."""
+    """Put a finished folder in its place, or its files in the place of an old export's: what else is there stays."""
     for path in [*temporary.iterdir(), temporary]:
         descriptor = os.open(path, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
-    old = temporary.with_name(temporary.name + "-old")
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(temporary, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if not folder.exists():
+        os.replace(temporary, folder)
+        return
+    for name in (ABOUT, "README.md", "model.onnx.data", *FORMATS.values()):  # model.json first: no mixture is an export
+        (folder / name).unlink(missing_ok=True)
+    for path in sorted(temporary.iterdir(), key=lambda path: path.name == ABOUT):
+        os.replace(path, folder / path.name)
 
 
 _USE = {

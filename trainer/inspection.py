@@ -2,6 +2,7 @@
 
 import hashlib
 import json as json_module
+import os
 import re
 import shutil
 import textwrap
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import get_model_weights
 
 from trainer import checkpoint, loading
 from trainer.backbones import build_model, input_spec, model_names
@@ -54,7 +56,7 @@ def inspect(
         return
     name, size, plan, report = target, image_size, None, {}
     if target not in model_names():
-        if not Path(target).expanduser().exists():
+        if not os.path.exists(os.path.expanduser(target)):
             build_model(target, num_classes)  # says which names are close
         path = loading.find(target)
         tensors, state = _open(path)
@@ -77,9 +79,13 @@ def inspect(
     stored = plan is not None and not train
     plan = freeze(model, plan["train"] if stored else train or ("head",), head=head)
     if save_plan is not None:
-        plan.save(save_plan)
-    modules = _modules(model, size)
-    cut = split_model(model, torch.empty(2, 3, size, size, device="meta"))
+        plan.save(os.path.expanduser(save_plan))
+    try:
+        modules = _modules(model, size)
+        cut = split_model(model, torch.empty(2, 3, size, size, device="meta"))
+    except RuntimeError as error:
+        least = get_model_weights(name).DEFAULT.meta["min_size"][0]
+        raise UsageError(f"image_size is {size}: {name} takes {least} pixels or more ({error}).") from error
     report |= {"model": name, "image_size": size, "head": list(head), "train": str(plan), "split": str(cut)}
     report |= {"total": modules[0], "modules": [row for row in modules if pattern.search(row["name"])]}
     report["parameters"] = [row for row in _rows(dict(model.named_parameters())) if pattern.search(row["name"])]
@@ -261,7 +267,7 @@ def verify(path: str, *, weights: str | None = None) -> None:
 
     Raises CheckpointError: some are bad; each with its reason.
     """
-    place = Path(path).expanduser()
+    place = Path(os.path.expanduser(path))
     place = place.parent if loading.is_export(place) else place
     folder = place / "checkpoints" if (place / "checkpoints").is_dir() else place
     files = [place] if place.is_file() else [*checkpoint.steps(folder), *folder.glob("best.pt")]
@@ -282,7 +288,7 @@ def verify(path: str, *, weights: str | None = None) -> None:
 def _verified(file: Path, weights: str | None) -> str:
     """What was found right; raises what is wrong."""
     if file.name == loading.ABOUT:  # of an export: all its files
-        files = json_module.loads(file.read_text(encoding="utf-8"))["files"]
+        files = loading.read_about(file)["files"]
         for name, facts in files.items():
             if hashlib.sha256(file.with_name(name).read_bytes()).hexdigest() != facts["sha256"]:
                 raise CheckpointError(f"{file.with_name(name)} is damaged: its content does not match its sha256.")

@@ -8,6 +8,7 @@ A checkpoint holds what was trained. The frozen rest is found by what the checkp
 file, a URL, a seed), and held against the fingerprint that the checkpoint has of it.
 """
 
+import hashlib
 import json
 import os
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from torchvision import models
 from trainer import checkpoint
 from trainer.backbones import Backbone, InputSpec, builder_arguments, fill, rebuild
 from trainer.data import Normalize, decode, eval_transform, to_rgb
-from trainer.errors import CheckpointError, UsageError
+from trainer.errors import CheckpointError, UsageError, first_sentence
 from trainer.freezing import freeze
 
 # The files of an export, see `export`: what it says of itself, and the two that a model can be loaded from.
@@ -37,7 +38,8 @@ class Loaded:
     Attributes:
         model: images [B, 3, S, S], float, normalised, to logits [B, C]; in eval mode, on the device.
         classes: the name of each logit.
-        transform: a path, a Pillow image or a uint8 tensor [3, H, W] to what the model takes, [3, S, S] on the device.
+        transform: a path, a Pillow image or a uint8 tensor [3, H, W] to what the model takes, [3, S, S] on the device;
+            a batch of such tensors, [B, 3, H, W], to [B, 3, S, S].
         input: the numbers behind `transform`.
         builder: what `torchvision.models.get_model` builds the same module from; None for a module of your own.
         about: what the file says besides: "base", "freeze_plan", "config", "metrics", "epoch", "step" and so on.
@@ -54,7 +56,7 @@ class Loaded:
 
 
 class Transform:
-    """An image as the model takes it, bit for bit as in the evaluations of its training.
+    """An image as the model takes it, bit for bit as in the evaluations of its training. UsageError if it is none.
 
     Attributes:
         resize: uint8 [3, H, W] to uint8 [3, S, S]. normalize: uint8 [B, 3, S, S] to float32, on the device.
@@ -69,6 +71,10 @@ class Transform:
             image = decode(image)
         elif isinstance(image, Image.Image):
             image = to_rgb(image)
+        plain = isinstance(image, Tensor) and image.dtype == torch.uint8 and image.ndim in (3, 4)
+        if not plain or image.shape[-3] != 3:
+            given = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+            raise UsageError(f"the image is {given}; expected a path, a Pillow image, uint8 [3, H, W] or [B, 3, H, W].")
         return self.normalize(self.resize(image)[None].to(self.device))[0]
 
 
@@ -88,15 +94,19 @@ def load(
         backbone: for a module of your own: what `build_model` made of it, for as many classes, before training.
 
     Raises:
-        UsageError: there is no such file or run, or it needs `backbone`.
+        UsageError: there is no such file, run or device, or it needs `backbone`.
         CheckpointError: damaged, or it does not belong to these frozen weights; names the tensors.
         DataError: the frozen weights cannot be had.
     """
-    path = find(run_or_file)
-    state = read(path)
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    device, tensors = torch.device(device), state.pop("model")
+    try:
+        device = torch.empty(0, device=device).device
+    except Exception as error:  # torch has a type of error for each kind of device that is not here
+        raise UsageError(f"device {device} cannot be used: {first_sentence(error)}.") from error
+    path = find(run_or_file)
+    state = read(path)
+    tensors = state.pop("model")
     builder = state.get("builder")
     if path.name == MERGED and builder:
         model, spec = stock(builder), InputSpec(**state["input"])
@@ -125,13 +135,13 @@ def find(run_or_file: str | os.PathLike[str]) -> Path:
         UsageError: there is none.
         CheckpointError: none of the run's checkpoints can be used.
     """
-    path = Path(run_or_file).expanduser()
+    path = Path(os.path.expanduser(run_or_file))
     if path.is_file():
         return path
-    for name in ("checkpoints/best.pt", MERGED, TAIL):
+    for name in ("checkpoints/best.pt", "best.pt", MERGED, TAIL):  # the second: in a folder of checkpoints
         if (path / name).is_file():
             return path / name
-    newest = checkpoint.newest(path / "checkpoints")
+    newest = checkpoint.newest(path / "checkpoints") or checkpoint.newest(path)
     if newest is None:
         what = "holds neither checkpoints nor an exported model" if path.is_dir() else "does not exist"
         raise UsageError(f"{path} {what}; expected a run such as runs/photos-resnet50, a checkpoint, or an export.")
@@ -154,15 +164,33 @@ def read(path: Path) -> checkpoint.State:
             raise CheckpointError(f"{path} is no checkpoint, nor is it {TAIL} of an export with {ABOUT} beside it.")
         return checkpoint.read(path)
     try:
-        state = json.loads(path.with_name(ABOUT).read_text(encoding="utf-8"))
         if path.name == TAIL:
-            state["model"] = safetensors.torch.load_file(path)
+            tensors = safetensors.torch.load_file(path)
         else:
-            state["model"] = torch.load(path, map_location="cpu", weights_only=True)
-        state["freeze_plan"], state["classes"], state["config"]
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise nearly anything
-        raise CheckpointError(f"{path} with its {ABOUT} cannot be read: {error}") from error
-    return state
+        raise CheckpointError(f"{path} cannot be read: {first_sentence(error)}.") from error
+    return read_about(path.with_name(ABOUT)) | {"model": tensors}
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """What the model.json of an export says.
+
+    Raises:
+        CheckpointError: damaged, or edited.
+    """
+    try:
+        about = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: it is not JSON: {error}.") from error
+    if not isinstance(about, dict) or about.pop("sha256", None) != digest(about):
+        raise CheckpointError(f"{path} was edited, or is damaged: its content does not match its sha256. Export again.")
+    return about
+
+
+def digest(about: dict[str, Any]) -> str:
+    """The sha256 of what a model.json says, however it is laid out."""
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
 
 def stock(builder: dict[str, Any]) -> nn.Module:

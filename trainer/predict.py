@@ -1,10 +1,12 @@
 """Classify image files with a trained model."""
 
 import csv as csv_module
+import errno
 import glob
 import os
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -13,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from trainer.data import EXTENSIONS, decode, printable
-from trainer.errors import DataError, UsageError
+from trainer.errors import DataError, UsageError, check_least
 from trainer.loading import Loaded, load, shorten
 
 
@@ -39,12 +41,18 @@ def predict(
         workers: processes that decode; None: one per core.
 
     Raises:
-        UsageError: nothing matches `paths`.
+        UsageError: nothing matches `paths`, or a number is too small.
+        OSError: the table cannot be written; before anything is classified, if that can be known then.
         DataError: once all others are done: the files that cannot be read, each with the reason.
     """
+    check_least(1, top=top, batch_size=batch_size)
+    check_least(0, workers=workers)
     files = find_images(paths)
     if not files:
         raise UsageError("no image to classify: expected files, folders or patterns such as 'photos/*.jpg'.")
+    table = Path(os.path.expanduser(csv)) if csv else None
+    if table:
+        _write_csv(table, [])
     loaded = load(run, weights=weights, device=device)
     rows, problems = [], []
     columns = shutil.get_terminal_size().columns
@@ -56,8 +64,8 @@ def predict(
         said = "  ".join(f"{loaded.classes[index]} {result[index]:.1%}" for index in order)
         tqdm.write(f"{shorten(printable(path), max(columns - len(said) - 2, 20))}  {said}")
         rows.append([printable(path), loaded.classes[order[0]], result[order[0]].item(), *result.tolist()])
-    if csv is not None:
-        _write_csv(Path(csv), [["path", "class", "probability", *loaded.classes], *rows])
+    if table:
+        _write_csv(table, [["path", "class", "probability", *loaded.classes], *rows])
         print(f"{csv}: {len(rows):,} rows")
     if problems:
         listed = "\n  ".join(problems)
@@ -120,10 +128,17 @@ class _Files(Dataset):
 
 
 def _write_csv(path: Path, rows: list[list[object]]) -> None:
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    """Replace a file by these rows; without any, only try whether it could be."""
+    temporary = path.parent / f".tmp-{path.name}-{os.getpid()}"
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         with open(temporary, "w", encoding="utf-8", newline="") as file:
             csv_module.writer(file).writerows(rows)
-        os.replace(temporary, path)
+        if rows:
+            os.replace(temporary, path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error  # the name that was given
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

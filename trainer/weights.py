@@ -15,6 +15,7 @@ and where they go, is a `Match`; what came of it is a `Report`.
 import argparse
 import hashlib
 import http.client
+import os
 import re
 import socket
 import sys
@@ -22,6 +23,7 @@ import tempfile
 import urllib.error
 import zipfile
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,7 @@ from torchvision.models import WeightsEnum
 
 from trainer import rules
 from trainer.archive import check_members
-from trainer.errors import DataError, UsageError
+from trainer.errors import DataError, UsageError, first_sentence
 from trainer.freezing import children
 
 __all__ = ["Match", "Report", "Source", "fetch_weights", "find_enum", "load_backbone_state", "read_state"]
@@ -167,10 +169,12 @@ def fetch_weights(model: str, weights: str) -> Source:
     if re.match(r"(https?|file)://", weights, re.IGNORECASE):
         path, sha256 = _fetch_url(weights)
         return Source(path, {"source": "url", "url": weights, "sha256": sha256})
-    path = Path(weights).expanduser().absolute()  # absolute: a resumed run may start in another folder
+    path = Path(os.path.expanduser(weights)).absolute()  # absolute: a resumed run may start in another folder
     if path.is_file():
         return Source(path, {"source": "file", "path": str(path), "sha256": _sha256(path)})
     names = ", ".join(enum.name for enum in dict.fromkeys(_by_name(models.get_model_weights(model)).values()))
+    if path.is_dir():
+        raise UsageError(f"weights {weights!r} is a folder; expected a file, such as checkpoints/best.pt in a run.")
     raise UsageError(
         f"weights {weights!r}: neither a file here, nor an http, https or file URL, nor one of the weights of {model}:"
         f" default, none, {names}"
@@ -400,21 +404,39 @@ def read_state(path: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged and foreign files raise nearly anything
-        # Of torch's answer only the first sentence: the next ones advise to load the file with weights_only=False.
         code = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it holds {code[1]}, not only tensors" if code else re.split(r"\. |\n", str(error))[0]
-        raise DataError(f"cannot read {path} as weights: {reason} ({type(error).__name__})") from error
+        reason = f"it holds {code[1]}, not only tensors" if code else first_sentence(error)
+        reason = _foreign(path) or f"{reason} ({type(error).__name__})"
+        raise DataError(f"cannot read {path} as weights: {reason}") from error
     for _ in range(4):  # not for ever: a dict in a file can hold itself
         if isinstance(state, Mapping):
             state = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), state)
-    if not isinstance(state, Mapping) or not all(isinstance(x, str) and isinstance(state[x], Tensor) for x in state):
-        found = f"keys {', '.join(map(str, list(state)[:8]))}" if isinstance(state, Mapping) else type(state).__name__
+    if isinstance(state, Mapping):
+        odd = [k for k, value in state.items() if not (isinstance(k, str) and isinstance(value, Tensor))]
+        found = ", ".join(f"{k!r} ({type(state[k]).__name__})" for k in odd[:8]) if state else "no entries"
+    else:
+        found = type(state).__name__
+    if found:
         raise DataError(f"{path} is not a state dict, nor holds one as {', '.join(_NESTED)}: found {found}")
     for name, value in state.items():
         if value.layout is not torch.strided or value.is_nested or value.is_meta:
             raise DataError(f"{path}: {name} is a sparse, nested or meta tensor; expected plain ones.")
     # An average of weights (torch.optim.swa_utils.AveragedModel) counts how many it is of.
     return _distinct(((_todays_name(key), value) for key, value in state.items() if key != "n_averaged"), path)
+
+
+def _foreign(path: Path) -> str:
+    """What a file that cannot be read is instead of what its name says; empty if its beginning does not tell."""
+    with suppress(OSError), path.open("rb") as file:
+        start = file.read(9)
+        kind = ".pt" if start[:2] == b"PK" or start[:1] == b"\x80" else ".safetensors" if start[8:] == b"{" else ""
+        if not start:
+            return "it is empty"
+        if not kind:
+            return f"it begins with {start!r}, as neither a file of torch.save nor one of safetensors does"
+        if (kind == ".safetensors") != (path.suffix == ".safetensors"):
+            return f"by its content it is a {kind} file: rename it"
+    return ""
 
 
 def _todays_name(key: str) -> str:
