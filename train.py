@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     plan = trainer.BatchPlan(len(train_set), optim.batch_size, optim.micro_batch, accelerator.num_processes)
     say(f"data    {data.data}: {len(train_set):,} training, {len(val_set):,} validation images, {len(classes)} classes")
     if any(skipped):
-        say(f"        {sum(map(len, skipped))} images that cannot be read are left out")
+        say(f"        unreadable, left out: {sum(map(len, skipped))}")
     say(f"model   {model.name} at {spec.size} px, {backbone.origin}")
     say(f"train   {freeze_plan}", f"split   {parts}", f"batch   {plan}")
 

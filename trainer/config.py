@@ -47,11 +47,11 @@ class DataConfig:
     workers: int | None = None
     """Processes that decode images, per training process; None: one per core available. The demo uses 0."""
     check_data: bool = False
-    """Decode every image once before the first step, and list those that cannot be read."""
+    """Decode every image once before the first step, also after a resume, and list those that cannot be read."""
     fast_decode: bool = False
     """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size where that is enough: faster, nearly the same image."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """Images that cannot be read end the run, or (skip) are found before the first step and left out of it."""
+    """Images that cannot be read end the run, or (skip) are found before the first step of a new run and left out."""
 
 
 @dataclass
@@ -177,7 +177,7 @@ _DEMO += ["--epochs=40", "--lr=0.1", "--label-smoothing=0.1"]
 _NOT_STORED = ("output", "resume", "overwrite", "override", "config")
 # What a resumed run must share with the run it continues.
 _OVERRIDABLE = ("augment", "views", "image_size", "batch_size", "seed")  # the checkpoint would refuse the others
-_FIXED = (*_OVERRIDABLE, "val_fraction", "name", "train", "optimizer")
+_FIXED = (*_OVERRIDABLE, "val_fraction", "bad_images", "name", "train", "optimizer")
 
 
 def parse(description: str = "", arguments: list[str] | None = None) -> Config:
