@@ -207,9 +207,11 @@ def test_a_resumed_run_stays_the_same_run(stored_run, capsys, flags, says):
 
 def test_a_run_that_lost_its_settings_has_them_in_its_checkpoints(digits_run, tmp_path):
     shutil.copytree(digits_run, tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").unlink()
-    for resume in (["auto", "--output", str(tmp_path / "run")], [str(tmp_path / "run")]):
-        assert _resumed("--resume", *resume).optim.epochs == 2
+    (tmp_path / "run" / "config.yaml").write_text("data: {data: digits}")
+    for _ in range(2):
+        for resume in (["auto", "--output", str(tmp_path / "run")], [str(tmp_path / "run")]):
+            assert _resumed("--resume", *resume).optim.epochs == 2
+        (tmp_path / "run" / "config.yaml").unlink(missing_ok=True)
 
 
 def test_resuming_what_is_not_there(tmp_path):

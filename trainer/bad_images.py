@@ -80,8 +80,8 @@ def _without(images: Images, keys: list[str]) -> Images:
     here, bad = [images.key(index) for index in range(len(images))], set(keys)
     if (gone := sorted(bad.difference(here))) and isinstance(images, Subset):
         raise DataError(
-            f"the run left out images that are not here: {', '.join(gone[:8])}. The split for validation counts them: put "
-            "files of these names back, whatever they hold."
+            f"the run left out images that are not here: {', '.join(gone[:8])}. The split for validation counts them: "
+            "put files of these names back, whatever they hold."
         )
     left = [index for index, key in enumerate(here) if key not in bad]
     rest = Subset(images, left)

@@ -210,11 +210,11 @@ def resumed(config: Config, arguments: list[str] | None = None) -> Config:
     """
     arguments, name = _own(arguments), default_name(config)
     if folder := run.under_way(config.run.output, config.run.resume, name):
-        arguments = [*arguments, "--resume=auto", f"--output={folder}"]  # whatever they said
+        arguments = [*arguments, "--resume=auto", "--no-overwrite", f"--output={folder}"]  # whatever they said
         config = _layers(arguments)
     if config.run.resume is None:
         return config
-    stored = run.stored_config(config.run.resume, config.run.output, name)
+    stored = run.stored_config(config.run.resume, config.run.output, name, whole=to_dict(config))
     config = _layers(arguments, stored=stored)
     if foreign := [name for name in _NOT_STORED if name in stored.get("run", {})]:
         raise UsageError(f"--resume {config.run.resume}: its settings say {foreign[0]}, which no run stores.")
