@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     say(f"train   {freeze_plan}", f"split   {parts}", f"batch   {plan}")
 
     # The trunk's output is a function of the image alone: what is not augmented goes through it once.
-    place = {"folder": Path(run.cache_dir or folder.path / "features").expanduser(), "memory": run.cache_memory}
+    place = {"folder": Path(run.cache_dir or folder.path / "features"), "memory": run.cache_memory}
     place |= {"lasting": run.cache_dir is not None, "batch": plan.micro_batch if run.exact else None}
     features = trainer.Features(accelerator, parts.trunk, normalize, sample, **place, **loading)
     train = features.stream(train_set, views=1 if data.augment == "none" else data.views)

@@ -81,6 +81,20 @@ def test_relative_folders_are_stored_absolute(tmp_path, monkeypatch):
     )
 
 
+def test_home_is_found_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "plan.yaml").write_text("[stem]")
+    (tmp_path / "settings.yaml").write_text("run: {cache_dir: ~/cache}")
+    names = ["data", "data-root", "weights", "output", "resume"]
+    settings = config.parse(
+        arguments=[*(f"--{name}=~/{name}" for name in names), "--config=~/settings.yaml", "--freeze-plan=~/plan.yaml"]
+    )
+    found = [settings.data.data, settings.data.data_root, settings.model.weights]
+    found += [settings.run.output, settings.run.resume, settings.run.cache_dir]
+    assert found == [f"{tmp_path}/{name}" for name in [*names, "cache"]]
+    assert settings.model.train == ("freeze:stem", "all")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -95,6 +109,7 @@ def test_relative_folders_are_stored_absolute(tmp_path, monkeypatch):
         (["--config", "missing.yaml"], "cannot read --config missing.yaml"),
         (["--freeze-plan", "missing.yaml"], "cannot read the freeze plan missing.yaml"),
         (["--freeze-plan", "plan.yaml", "--train", "layer4"], "--train and --freeze-plan both say what trains"),
+        (["--freeze-plan", "plan.yaml", "--train", "head"], "--train and --freeze-plan both say what trains"),
         (["--weights-rename", "a", "b", "c"], "--weights-rename is ('a', 'b', 'c'); expected pairs of names"),
         (["--weights-first", "0"], "--weights-first is 0; expected at least 1"),
         (["--weights-coverage", "90"], "--weights-coverage is 90.0; expected a share"),

@@ -116,7 +116,7 @@ def test_going_on_with_a_run_and_deleting_it_exclude_each_other(trained):
 def test_resume_without_a_checkpoint(tmp_path):
     _begin(run.open_run("out", None, "x"))
     for path in ("out", "out/checkpoints"):
-        with pytest.raises(UsageError, match="out has no checkpoint yet; start it .* --resume auto --output out"):
+        with pytest.raises(UsageError, match=r"out has no checkpoint yet; start it .* --resume auto --output out"):
             run.open_run(None, path, "x")
     assert run.open_run("out", "auto", "x").source is None, "as it says"
     (tmp_path / "empty").mkdir()

@@ -173,6 +173,8 @@ class Config:
 # What suits 1,797 tiny scans and a backbone with random weights, where nothing else is said.
 _DEMO = ["--augment=none", "--image-size=64", "--workers=0", "--weights=none"]
 _DEMO += ["--epochs=40", "--lr=0.1", "--label-smoothing=0.1"]
+# Where ~ is the home: a shell leaves it in --output=~/runs, and so does YAML.
+_PATHS = {"data", "data_root", "weights", "freeze_plan", "cache_dir", "output", "resume", "config"}
 # How a run was started, not what it is: left out of its config.yaml, so that the file repeats the run elsewhere.
 _NOT_STORED = ("output", "resume", "overwrite", "override", "config")
 # What a resumed run must share with the run it continues.
@@ -240,26 +242,27 @@ def _layers(own: list[str], *, stored: dict[str, Any] | None = None, description
 
 def _with_plan(arguments: list[str]) -> list[str]:
     """`--freeze-plan FILE` as the `--train` it stands for: the run must not depend on the file any more."""
-    model = _parse(arguments, "").model
+    nobody = ("\0",)  # can be said by no one
+    model = _parse(["--train", *nobody, *arguments], "").model
     if model.freeze_plan is None:
         return arguments
-    if model.train != ModelConfig.train:
+    if model.train != nobody:
         raise UsageError("--train and --freeze-plan both say what trains; give one of them.")
-    return [*arguments, "--freeze-plan=None", "--train", *rules.read(Path(model.freeze_plan).expanduser())]
+    return [*arguments, "--freeze-plan=None", "--train", *rules.read(Path(model.freeze_plan))]
 
 
 def default_name(config: Config) -> str:
     """The name of a run that was given none: DATA-MODEL."""
-    return f"{Path(config.data.data).expanduser().resolve().name}-{config.model.name}".lower()
+    return f"{Path(config.data.data).resolve().name}-{config.model.name}".lower()
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The stored form: plain types, by group, without what says only how the run was started."""
     values = dataclasses.asdict(config)
-    if config.data.data.lower() != "digits" and Path(config.data.data).expanduser().is_dir():
-        values["data"]["data"] = os.path.abspath(Path(config.data.data).expanduser())  # works from anywhere
-    if Path(config.model.weights).expanduser().is_file():
-        values["model"]["weights"] = os.path.abspath(Path(config.model.weights).expanduser())
+    if config.data.data.lower() != "digits" and Path(config.data.data).is_dir():
+        values["data"]["data"] = os.path.abspath(config.data.data)  # works from anywhere
+    if Path(config.model.weights).is_file():
+        values["model"]["weights"] = os.path.abspath(config.model.weights)
     del values["model"]["freeze_plan"]  # its rules are in `train`
     for settings in values.values():
         settings |= {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
@@ -296,7 +299,11 @@ def _parse(arguments: list[str], description: str) -> Config:
     quiet = nullcontext() if speaks() else redirect_stderr(io.StringIO())
     with quiet:
         lines = "\n\n".join(filter(None, description.splitlines()))  # else they are joined to one
-        return tyro.cli(Config, args=arguments, description=lines, config=(tyro.conf.OmitArgPrefixes,))
+        config = tyro.cli(Config, args=arguments, description=lines, config=(tyro.conf.OmitArgPrefixes,))
+    for settings in (config.data, config.model, config.run):
+        for name in _PATHS & vars(settings).keys():
+            setattr(settings, name, getattr(settings, name) and os.path.expanduser(getattr(settings, name)))
+    return config
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
