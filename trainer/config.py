@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 import yaml
@@ -175,6 +175,7 @@ _DEMO = ["--augment=none", "--image-size=64", "--workers=0", "--weights=none"]
 _DEMO += ["--epochs=40", "--lr=0.1", "--label-smoothing=0.1"]
 # Where ~ is the home: a shell leaves it in --output=~/runs, and so does YAML.
 _PATHS = {"data", "data_root", "weights", "freeze_plan", "cache_dir", "output", "resume", "config"}
+_PLAIN = (str, int, float)
 # How a run was started, not what it is: left out of its config.yaml, so that the file repeats the run elsewhere.
 _NOT_STORED = ("output", "resume", "overwrite", "override", "config")
 # What a resumed run must share with the run it continues.
@@ -231,8 +232,9 @@ def _own(arguments: list[str] | None) -> list[str]:
 def _layers(own: list[str], *, stored: dict[str, Any] | None = None, description: str = "") -> Config:
     """Defaults, demo, stored, file, command line: parsed as one."""
     config = _parse(own, description)
-    settings = [] if config.run.config is None else _arguments(_load_yaml(Path(config.run.config)))
-    above = _arguments(stored or {}) + _with_plan(settings) + _with_plan(own)
+    file, run_settings = config.run.config, f"the settings of --resume {config.run.resume}"
+    settings = [] if file is None else _arguments(_load_yaml(Path(file)), f"--config {file}")
+    above = _arguments(stored or {}, run_settings) + _with_plan(settings) + _with_plan(own)
     config = _parse(above, description)
     if config.data.data.lower() == "digits":
         config = _parse(_DEMO + above, description)
@@ -318,37 +320,56 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _arguments(values: dict[str, Any]) -> list[str]:
-    """A nested dict of settings as command-line arguments."""
-    arguments = []
+def _arguments(values: dict[str, Any], source: str) -> list[str]:
+    """A nested dict of settings as command-line arguments; `source` says in errors where they are from."""
+    found: list[tuple[str, list[str], Any, Any]] = []
     groups = {group.name: dataclasses.fields(group.default_factory) for group in dataclasses.fields(Config)}
     for group, settings in values.items():
         fields = {f.name: f for f in groups.get(group, ())}
         if group not in groups:
-            raise UsageError(_unknown(group, groups, "group"))
+            raise UsageError(f"{source}: unknown group {_unknown(group, groups)}")
         if not isinstance(settings, dict):
-            raise UsageError(f"{group}: holds {reprlib.repr(settings)}; expected settings such as {', '.join(fields)}.")
+            held = reprlib.repr(settings)
+            raise UsageError(f"{source}: {group} holds {held}; expected settings such as {', '.join(fields)}.")
         for name, value in settings.items():
             if name not in fields:
-                raise UsageError(_unknown(name, fields, f"setting in {group}:"))
-            flag = _flag(name)
-            if isinstance(value, bool):
-                arguments.append(flag if value else flag.replace("--", "--no-", 1))
-            elif isinstance(value, list) and any(isinstance(item, str) and item.startswith("--") for item in value):
-                raise UsageError(f"{group}.{name} holds {value}, which the command line would take for flags.")
-            elif isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
-                arguments += [flag, *map(str, value)]
-            elif value is None or isinstance(value, str | int | float):
-                arguments.append(f"{flag}={value}")
+                raise UsageError(f"{source}: unknown setting in {group}: {_unknown(name, fields)}")
+            key, flag, kind = f"{source}: {group}.{name}", _flag(name), fields[name].type
+            if isinstance(value, list) and any(isinstance(item, str) and item.startswith("--") for item in value):
+                raise UsageError(f"{key} holds {value}, which the command line would take for flags.")
+            if isinstance(value, bool) and kind is bool:
+                arguments = [flag if value else flag.replace("--", "--no-", 1)]
+            elif isinstance(value, list) and get_origin(kind) is tuple and all(type(v) in _PLAIN for v in value):
+                arguments = [flag, *map(str, value)]
+            elif type(value) in _PLAIN or (value is None and type(None) in get_args(kind)):
+                arguments = [f"{flag}={value}"]
             else:
-                raise UsageError(f"{group}.{name} holds {type(value).__name__}; expected a plain value.")
-    return arguments
+                raise UsageError(_misfit(key, value, kind))
+            found.append((key, arguments, value, kind))
+    every = [argument for _, arguments, *_ in found for argument in arguments]
+    if not _fits(every):
+        raise UsageError(next(_misfit(key, *rest) for key, arguments, *rest in found if not _fits(arguments)))
+    return every
 
 
-def _unknown(name: Any, known: Any, what: str) -> str:
+def _fits(arguments: list[str]) -> bool:
+    try:
+        with redirect_stderr(io.StringIO()):
+            _parse(arguments, "")
+    except SystemExit:
+        return False
+    return True
+
+
+def _misfit(key: str, value: Any, kind: Any) -> str:
+    expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    return f"{key} is {reprlib.repr(value)}; expected {expected}."
+
+
+def _unknown(name: Any, known: Any) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}."
-    return f"unknown {what} {name!r} in the configuration file; {hint}"
+    return f"{name!r}; {hint}"
 
 
 def _check_resume(stored: dict[str, Any], config: Config) -> None:
