@@ -11,6 +11,7 @@ from pathlib import Path
 
 import trainer
 from trainer.config import Config, default_name, parse, resumed, to_dict
+from trainer.preemption import end_at_once
 
 
 def main(config: Config) -> None:
@@ -147,4 +148,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    trainer.run_and_exit(main, parse(__doc__))  # parsed before torch is imported: --help answers at once
+    end_at_once()
+    config = parse(__doc__)  # before run_and_exit imports torch: --help answers at once
+    trainer.run_and_exit(main, config)

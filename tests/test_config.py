@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from trainer import config
 from trainer.errors import CheckpointError, UsageError
@@ -280,5 +281,10 @@ def test_every_flag_is_explained():
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, trainer; from trainer import config; config.parse(arguments=[]); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    code = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); sys.argv[1:] = ['--help']; "
+    )
+    code += "runpy.run_path('train.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--freeze-plan" in done.stdout
+    assert done.stdout.endswith("\nFalse\n")
