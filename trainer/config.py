@@ -153,7 +153,7 @@ class RunConfig:
     resume: str | None = None
     """auto: continue the newest checkpoint of the output folder, or start; or the path of a checkpoint or run."""
     overwrite: bool = False
-    """Delete the run that the output folder holds."""
+    """Delete the run that the output folder holds, all but its export."""
     override: bool = False
     """Resume even with another batch size, seed, augmentation or image size than the run had."""
     config: str | None = None
