@@ -11,6 +11,7 @@ from pathlib import Path
 
 import trainer
 from trainer.config import Config, default_name, parse, resumed, to_dict
+from trainer.preemption import end_at_once
 
 
 def main(config: Config) -> None:
@@ -57,12 +58,12 @@ def main(config: Config) -> None:
     plan = trainer.BatchPlan(len(train_set), optim.batch_size, optim.micro_batch, accelerator.num_processes)
     say(f"data    {data.data}: {len(train_set):,} training, {len(val_set):,} validation images, {len(classes)} classes")
     if any(skipped):
-        say(f"        {sum(map(len, skipped))} images that cannot be read are left out")
+        say(f"        unreadable, left out: {sum(map(len, skipped))}")
     say(f"model   {model.name} at {spec.size} px, {backbone.origin}")
     say(f"train   {freeze_plan}", f"split   {parts}", f"batch   {plan}")
 
     # The trunk's output is a function of the image alone: what is not augmented goes through it once.
-    place = {"folder": Path(run.cache_dir or folder.path / "features").expanduser(), "memory": run.cache_memory}
+    place = {"folder": Path(run.cache_dir or folder.path / "features"), "memory": run.cache_memory}
     place |= {"lasting": run.cache_dir is not None, "batch": plan.micro_batch if run.exact else None}
     features = trainer.Features(accelerator, parts.trunk, normalize, sample, **place, **loading)
     train = features.stream(train_set, views=1 if data.augment == "none" else data.views)
@@ -149,4 +150,6 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    trainer.run_and_exit(main, parse(__doc__))  # parsed before torch is imported: --help answers at once
+    end_at_once()
+    config = parse(__doc__)  # before run_and_exit imports torch: --help answers at once
+    trainer.run_and_exit(main, config)

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import yaml
+from conftest import ROOT
 
 from trainer import config
 from trainer.errors import CheckpointError, UsageError
@@ -81,6 +82,20 @@ def test_relative_folders_are_stored_absolute(tmp_path, monkeypatch):
     )
 
 
+def test_home_is_found_in_every_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "plan.yaml").write_text("[stem]")
+    (tmp_path / "settings.yaml").write_text("run: {cache_dir: ~/cache}")
+    names = ["data", "data-root", "weights", "output", "resume"]
+    settings = config.parse(
+        arguments=[*(f"--{name}=~/{name}" for name in names), "--config=~/settings.yaml", "--freeze-plan=~/plan.yaml"]
+    )
+    found = [settings.data.data, settings.data.data_root, settings.model.weights]
+    found += [settings.run.output, settings.run.resume, settings.run.cache_dir]
+    assert found == [f"{tmp_path}/{name}" for name in [*names, "cache"]]
+    assert settings.model.train == ("freeze:stem", "all")
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
@@ -95,6 +110,7 @@ def test_relative_folders_are_stored_absolute(tmp_path, monkeypatch):
         (["--config", "missing.yaml"], "cannot read --config missing.yaml"),
         (["--freeze-plan", "missing.yaml"], "cannot read the freeze plan missing.yaml"),
         (["--freeze-plan", "plan.yaml", "--train", "layer4"], "--train and --freeze-plan both say what trains"),
+        (["--freeze-plan", "plan.yaml", "--train", "head"], "--train and --freeze-plan both say what trains"),
         (["--weights-rename", "a", "b", "c"], "--weights-rename is ('a', 'b', 'c'); expected pairs of names"),
         (["--weights-first", "0"], "--weights-first is 0; expected at least 1"),
         (["--weights-coverage", "90"], "--weights-coverage is 90.0; expected a share"),
@@ -116,20 +132,27 @@ BOMB = "[&a0 [x], " + ", ".join(f"&a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("optim: {lrr: 1}", "unknown setting in optim: 'lrr' in the configuration file; did you mean lr?"),
-        ("optims: {lr: 1}", "unknown group 'optims' in the configuration file; did you mean optim?"),
-        ("optim: {lr: fast}", "could not convert string to float: 'fast'"),
-        ("optim: {lr: {a: 1}}", "optim.lr holds dict; expected a plain value"),
+        ("optim: {lrr: 1}", "unknown setting in optim: 'lrr'; did you mean lr?"),
+        ("optims: {lr: 1}", "unknown group 'optims'; did you mean optim?"),
+        ("optim: {lr: fast}", "optim.lr is 'fast'; expected float."),
+        ("data: {val_fraction: 0.1}\noptim: {lr: 1e-3, epochs: 1.5}", "optim.epochs is 1.5; expected int."),
+        ("data: {check_data: []}", "data.check_data is []; expected bool."),
+        ("data: {check_data: 3}", "data.check_data is 3; expected bool."),
+        ("data: {augment: mixup}", "data.augment is 'mixup'; expected Literal['none', 'flip', 'crop']."),
+        ("model: {train: true}", "model.train is True; expected tuple[str, ...]."),
+        ("model: {train: null}", "model.train is None; expected tuple[str, ...]."),
+        ("data: {image_size: big}", "data.image_size is 'big'; expected int | None."),
+        ("optim: {lr: {a: 1}}", "optim.lr is {'a': 1}; expected float."),
         ("model: {train: [--overwrite]}", "model.train holds ['--overwrite'], which the command line would take"),
-        ("optim: 3", "optim: holds 3; expected settings such as epochs"),
+        ("optim: 3", "optim holds 3; expected settings such as epochs"),
         ("[1, 2]", "holds list; expected groups of settings"),
         ("optim: {lr: !!python/object/apply:os.system ['true']}", "is not plain YAML"),
         ("a: &a [x]\nb: [*a, *a", "is not plain YAML"),
         ("optim: {lr: 2001-13-45}", "is not plain YAML"),
         (f"optim: {{lr: {'1' * 5000}}}", "is not plain YAML"),
         ("[" * 2000, "is not plain YAML"),
-        (f"optim: {BOMB}", "optim: holds ["),
-        (f"optim: {{lr: {BOMB}}}", "optim.lr holds list; expected a plain value"),
+        (f"optim: {BOMB}", "optim holds ["),
+        (f"optim: {{lr: {BOMB}}}", "optim.lr is [["),
         ("optim: {lr: 1}\nrun: {output: /etc, 5: 6}", "unknown setting in run: 5"),
     ],
 )
@@ -138,8 +161,11 @@ def test_a_wrong_file_is_one_message_and_exit_code_2(text, says, tmp_path, capsy
     path.write_text(text)
     with pytest.raises(SystemExit) as stop:
         config.parse(arguments=["--config", str(path)])
+    said = capsys.readouterr().err
     assert stop.value.code == 2
-    assert says in capsys.readouterr().err
+    assert says in said
+    assert said.startswith(("error: --config ", "error: cannot read --config "))
+    assert str(path) in said
 
 
 def test_only_the_first_process_speaks(monkeypatch, capsys):
@@ -207,9 +233,11 @@ def test_a_resumed_run_stays_the_same_run(stored_run, capsys, flags, says):
 
 def test_a_run_that_lost_its_settings_has_them_in_its_checkpoints(digits_run, tmp_path):
     shutil.copytree(digits_run, tmp_path / "run")
-    (tmp_path / "run" / "config.yaml").unlink()
-    for resume in (["auto", "--output", str(tmp_path / "run")], [str(tmp_path / "run")]):
-        assert _resumed("--resume", *resume).optim.epochs == 2
+    (tmp_path / "run" / "config.yaml").write_text("data: {data: digits}")
+    for _ in range(2):
+        for resume in (["auto", "--output", str(tmp_path / "run")], [str(tmp_path / "run")]):
+            assert _resumed("--resume", *resume).optim.epochs == 2
+        (tmp_path / "run" / "config.yaml").unlink(missing_ok=True)
 
 
 def test_resuming_what_is_not_there(tmp_path):
@@ -222,6 +250,12 @@ def test_resuming_what_is_not_there(tmp_path):
 def test_the_settings_of_a_run_cannot_say_where_to_write(stored_run, text):
     (stored_run / "config.yaml").write_text(text)
     with pytest.raises(UsageError, match=r"its settings say \w+, which no run stores"):
+        _resumed("--resume", str(stored_run))
+
+
+def test_a_setting_of_a_run_that_does_not_fit_is_named(stored_run):
+    (stored_run / "config.yaml").write_text("optim: {lr: fast}")
+    with pytest.raises(UsageError, match=rf"the settings of --resume {stored_run}: optim.lr is 'fast'; expected float"):
         _resumed("--resume", str(stored_run))
 
 
@@ -247,5 +281,10 @@ def test_every_flag_is_explained():
 
 
 def test_help_does_not_wait_for_torch():
-    code = "import sys, trainer; from trainer import config; config.parse(arguments=[]); print('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+    code = (
+        "import atexit, runpy, sys; atexit.register(lambda: print('torch' in sys.modules)); sys.argv[1:] = ['--help']; "
+    )
+    code += "runpy.run_path('train.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "--freeze-plan" in done.stdout
+    assert done.stdout.endswith("\nFalse\n")

@@ -371,7 +371,7 @@ def test_one_folder_is_split(tmp_path, below, caplog):
             assert rows(images[i])[0][0][0] == label
     again = load_data(str(tmp_path), val_fraction=0.2, seed=3)[1]
     assert [again.name(i) for i in range(3)] == [val.name(i) for i in range(3)]
-    assert "1 classes have no validation images: c" in caplog.text
+    assert "classes without validation images: c" in caplog.text
 
 
 def test_test_folder_without_classes_is_not_used(tmp_path, caplog):
@@ -431,7 +431,7 @@ def test_validation_labels_are_mapped_by_name(tmp_path, caplog):
     _, val = load_data(str(tmp_path))
     assert val.classes == ("a", "b", "c")
     assert val.labels == [0, 2] == [rows(val[i])[0][0][0] for i in range(2)]
-    assert "no validation images: b" in caplog.text
+    assert "classes without validation images: b" in caplog.text
 
 
 def test_extra_validation_class(tmp_path):

@@ -244,7 +244,7 @@ def test_bad_images_are_left_out_equally_on_any_number_of_processes_and_after_a_
     one = program(*skip, cwd=tmp_path)
     assert one.returncode == 0, one.stderr
     assert "57 training, 19 validation images" in one.stdout
-    assert "5 images that cannot be read are left out" in one.stdout
+    assert "unreadable, left out: 5\n" in one.stdout
     assert [name for name in NAMES if f"{name}: " not in one.stderr] == []
     (tmp_path / "run").rename(tmp_path / "alone")
     two = program(*skip, "--workers", "1", cwd=tmp_path, processes=2)
@@ -259,8 +259,38 @@ def test_bad_images_are_left_out_equally_on_any_number_of_processes_and_after_a_
     assert "57 training, 19 validation images" in on.stdout
     (bad / "train" / "down" / "000.jpg").unlink()
     gone = program("--resume", "auto", "--output", "run", "--epochs", "3", cwd=tmp_path)
-    assert gone.returncode == 65
-    assert "the run left out images that are not here: down/000.jpg" in gone.stderr
+    assert gone.returncode == 0, gone.stderr
+    assert "57 training, 19 validation images" in gone.stdout
+
+
+def test_an_image_that_the_split_counts_cannot_go_though_it_was_left_out(photos, program, tmp_path):
+    shutil.copytree(photos / "train", tmp_path / "photos")
+    last = tmp_path / "photos" / "down" / "029.jpg"
+    last.write_text("not an image")
+    done = program("--data", "photos", *SMALL, "--bad-images", "skip", "--epochs", "1", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    last.unlink()
+    done = program("--resume", "run", "--epochs", "2", cwd=tmp_path)
+    assert done.returncode == 65
+    assert "that are not here: down/029.jpg. The split for validation counts them: put files of these" in done.stderr
+    last.touch()
+    assert program("--resume", "run", "--epochs", "2", cwd=tmp_path).returncode == 0
+
+
+def test_an_image_that_went_bad_since_is_found_by_a_check_and_not_left_out(run, program, photos, tmp_path):
+    shutil.copytree(photos, tmp_path / "photos")
+    (tmp_path / "photos" / "train" / "down" / "007.jpg").write_bytes(b"")
+    again = ["--resume", "run", "--data", "photos", "--epochs", "3"]
+    done = program(*again, "--check-data", cwd=tmp_path)
+    assert done.returncode == 65
+    assert "1 image cannot be read:\n" in done.stderr
+    assert "down/007.jpg: " in done.stderr
+    assert "put them back as they were, or start a new run with its checkpoint as --weights" in done.stderr
+    done = program(*again, "--bad-images", "skip", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "the run has bad_images 'stop', the command line 'skip'" in done.stderr
+    done = program("--resume", "run", "--epochs", "3", "--check-data", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_other_images_than_the_run_had_are_refused(run, program, photos, tmp_path):

@@ -22,9 +22,20 @@ def guard():
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_before_there_is_something_to_save_it_stops_at_once(guard, number):
     guard()
-    with pytest.raises(Preempted, match=number.name) as stop:
+    with pytest.raises(Preempted, match=f"stopped by {number.name} before the training began") as stop:
         os.kill(os.getpid(), number)
     assert stop.value.exit_code == 75
+
+
+@pytest.mark.parametrize("place", ["start", "build_model", "config"])
+def test_before_the_training_it_ends_with_one_line(program, tmp_path, place):
+    """While torch is imported; while the model is built; where the command line is read, in the name of all imports."""
+    setup = "import os, signal, trainer, trainer.config\ndef stop(*a, **k): os.kill(os.getpid(), signal.SIGINT)\n"
+    setup += {"config": "trainer.config._layers = stop"}.get(place, f"trainer.{place} = stop")
+    done = program("--epochs", "1", cwd=tmp_path, setup=setup)
+    assert done.returncode == 75
+    assert done.stderr == "error: stopped by SIGINT before the training began: nothing is lost, start it again\n"
+    assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])

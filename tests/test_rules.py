@@ -90,7 +90,7 @@ def test_a_list_names_what_is_frozen(tmp_path):
         ("rules: fc", "expected rules: with a list"),
         ("{train: [fc], trainable: [fc.weight]}", "holds train, trainable; expected rules:"),
         ("[1, 2]", "holds list"),
-        ("", "holds NoneType"),
+        *[(text, "is empty; expected rules: with a list") for text in ("", "[]", "{}", "rules: []", "rules:")],
         ("rules: [", "is not plain YAML or JSON"),
         ("rules: !!python/object/apply:os.system ['true']", "is not plain YAML or JSON"),
         ("\0", "is not plain YAML or JSON"),

@@ -39,13 +39,17 @@ def test_a_folder_that_holds_a_run_is_refused_with_three_ways_on():
         run.open_run("out", None, "x")
 
 
-def test_overwriting_deletes_what_a_run_wrote_but_only_when_the_new_one_begins(tmp_path):
+def test_overwriting_deletes_what_a_run_wrote_but_only_when_the_new_one_begins(caplog):
     old = _begin(run.open_run("out", None, "x"))
     (old.checkpoints / "step-00000001.pt").write_bytes(b"weights")
+    (old.checkpoints / "step-00000002.pt.damaged").touch()
+    for name in ("features", "export"):
+        (old.path / name).mkdir()
     new = run.open_run("out", None, "x", overwrite=True)
     assert (old.checkpoints / "step-00000001.pt").exists(), "the run may still fail to start"
     new.begin({})
-    assert sorted(path.name for path in old.path.iterdir()) == ["checkpoints", "config.yaml", "lock", "notes.txt"]
+    assert sorted(os.listdir("out")) == ["checkpoints", "config.yaml", "export", "lock", "notes.txt"]
+    assert "out/export is still that of the run as it was: export anew, or remove it" in caplog.text
     assert list(old.checkpoints.iterdir()) == []
 
 
@@ -71,8 +75,9 @@ def trained(monkeypatch):
     """A run with checkpoints after 10 and 20 steps, the first of them the best."""
     folder = _begin(run.open_run("out", None, "x"))
     monkeypatch.setattr(checkpoint, "KEYS", {"format", "step", "config"})
+    settings = {"optim": {"lr": 0.2, "epochs": 3}}
     for step in (10, 20):
-        checkpoint.write(checkpoint.path_of(folder.checkpoints, step), {"step": step, "config": {"from": "file"}})
+        checkpoint.write(checkpoint.path_of(folder.checkpoints, step), {"step": step, "config": settings})
     shutil.copy(checkpoint.path_of(folder.checkpoints, 10), folder.checkpoints / "best.pt")
     return folder
 
@@ -84,7 +89,7 @@ def test_resume_auto_takes_the_newest_or_starts(trained):
 
 
 def test_resume_with_a_path_continues_in_its_own_run(trained, tmp_path):
-    for path in ("out", "out/checkpoints/step-00000020.pt"):
+    for path in ("out", "out/checkpoints", "out/checkpoints/step-00000020.pt"):
         again = run.open_run(None, path, "x")
         assert (again.path.absolute(), again.stale) == (tmp_path / "out", [])
         assert again.source.name == "step-00000020.pt"
@@ -99,20 +104,33 @@ def test_resume_from_an_older_checkpoint_must_say_what_becomes_of_the_newer(trai
     assert (branch.path.name, branch.source.name, branch.stale) == ("branch", "best.pt", [])
 
 
+def test_going_on_with_a_run_and_deleting_it_exclude_each_other(trained):
+    for output, resume in (("out", "auto"), (None, "out"), ("./out", "out/checkpoints")):
+        with pytest.raises(UsageError, match="goes on with out, --overwrite deletes it: give one of them"):
+            run.open_run(output, resume, "x", overwrite=True)
+    _begin(run.open_run("other", None, "x"))
+    branch = run.open_run("other", "out", "x", overwrite=True)
+    assert (branch.path.name, branch.source.parent) == ("other", trained.checkpoints)
+
+
 def test_resume_without_a_checkpoint(tmp_path):
     _begin(run.open_run("out", None, "x"))
-    with pytest.raises(UsageError, match="no checkpoint yet"):
-        run.open_run(None, "out", "x")
+    for path in ("out", "out/checkpoints"):
+        with pytest.raises(UsageError, match=r"out has no checkpoint yet; start it .* --resume auto --output out"):
+            run.open_run(None, path, "x")
+    assert run.open_run("out", "auto", "x").source is None, "as it says"
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="neither a checkpoint nor the folder of a run"):
-        run.stored_config("empty", None, "x")
+        run.stored_config("empty", None, "x", whole={})
 
 
-def test_stored_settings_come_from_the_run_or_the_checkpoint(trained):
-    assert run.stored_config("auto", "out", "x") == {"optim": {"lr": 0.1}}
-    assert run.stored_config("out", None, "x") == {"optim": {"lr": 0.1}}
-    assert run.stored_config("out/checkpoints/best.pt", None, "x") == {"from": "file"}
-    assert run.stored_config("auto", "new", "x") == {}
+def test_stored_settings_come_from_the_run_and_what_it_lost_from_the_checkpoint(trained):
+    for whole, found in (({"optim": {"lr": 0}}, {"lr": 0.1}), ({"optim": {"epochs": 0}}, {"lr": 0.1, "epochs": 3})):
+        for resume, output in (("auto", "out"), ("out", None), ("out/checkpoints", None)):
+            assert run.stored_config(resume, output, "x", whole=whole) == {"optim": found}
+        best = run.stored_config("out/checkpoints/best.pt", None, "x", whole=whole)
+        assert best == {"optim": {"lr": 0.2, "epochs": 3}}
+        assert run.stored_config("auto", "new", "x", whole=whole) == {}
 
 
 def test_metrics_after_the_resumed_step_are_dropped(tmp_path):

@@ -30,26 +30,34 @@ def check_images(
     Args:
         parts: such as the training and the validation images.
         check: decode every image once, each process its share; otherwise all is taken as it is.
-        skip: check, and leave out what cannot be read: the same on every process.
-        known: what a run that is continued has left out: left out again, without a check; None for a new run.
+        skip: check, and leave out what cannot be read: the same on every process. Not of a run that is continued.
+        known: what a run that is continued has left out: left out again, and nothing else; None for a new run.
         workers: processes that decode, per training process.
         timeout: seconds without an image after which a worker is given up; 0 for none.
 
     Raises:
         DataError: on every process; names every image that cannot be read, and why; or nothing is left of a class.
     """
-    if known is None:
-        known = [[] for _ in parts]
-        if check or skip:
-            for part, index, reason in _unreadable(accelerator, parts, skip=skip, workers=workers, timeout=timeout):
-                if accelerator.is_main_process:
-                    log.warning("skipped: %s", reason)
-                known[part].append(parts[part].key(index))
-    return [_without(images, keys) for images, keys in zip(parts, known, strict=True)], known
+    if known is not None:
+        parts, skip = [_without(images, keys) for images, keys in zip(parts, known, strict=True)], False
+    bad = _unreadable(accelerator, parts, workers=workers, timeout=timeout) if check or skip else []
+    if bad and not skip:
+        listed = "\n  ".join(reason for _, _, reason in bad)
+        ways = "Repair or remove them, or leave them out with --bad-images skip."
+        if known is not None:  # it goes on with the images it had, no more and no fewer
+            ways = "The run had them: put them back as they were, or start a new run with its checkpoint as --weights."
+        raise DataError(f"{len(bad)} image{'s' * (len(bad) > 1)} cannot be read:\n  {listed}\n{ways}")
+    found = [[] for _ in parts]
+    for part, index, reason in bad:
+        if accelerator.is_main_process:
+            log.warning("skipped: %s", reason)
+        found[part].append(parts[part].key(index))
+    rest = [_without(images, keys) for images, keys in zip(parts, found, strict=True)]
+    return rest, found if known is None else known
 
 
 def _unreadable(
-    accelerator: Accelerator, parts: Sequence[Images], *, skip: bool, workers: int, timeout: float
+    accelerator: Accelerator, parts: Sequence[Images], *, workers: int, timeout: float
 ) -> list[tuple[int, int, str]]:
     """Part, index and reason of each image that cannot be read, the same on every process."""
     error, mine = None, []
@@ -63,22 +71,19 @@ def _unreadable(
     except Exception as exception:
         error = exception
     raise_together(accelerator, error)
-    found = sorted(gather_object(mine) if accelerator.num_processes > 1 else mine)
-    if found and not skip:
-        listed = "\n  ".join(reason for _, _, reason in found)
-        raise DataError(
-            f"{len(found)} images cannot be read:\n  {listed}\n"
-            "Repair or remove them, or leave them out with --bad-images skip."
-        )
-    return found
+    return sorted(gather_object(mine) if accelerator.num_processes > 1 else mine)
 
 
 def _without(images: Images, keys: list[str]) -> Images:
     if not keys:
         return images
-    left = [index for index in range(len(images)) if images.key(index) not in set(keys)]
-    if len(left) + len(keys) != len(images):
-        raise DataError(f"the run left out images that are not here: {', '.join(keys[:8])}. Continue with its data.")
+    here, bad = [images.key(index) for index in range(len(images))], set(keys)
+    if (gone := sorted(bad.difference(here))) and isinstance(images, Subset):
+        raise DataError(
+            f"the run left out images that are not here: {', '.join(gone[:8])}. The split for validation counts them: "
+            "put files of these names back, whatever they hold."
+        )
+    left = [index for index, key in enumerate(here) if key not in bad]
     rest = Subset(images, left)
     if empty := set(images.labels) - set(rest.labels):
         raise DataError(f"no image can be read of {', '.join(images.classes[label] for label in sorted(empty))}")

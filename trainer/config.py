@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 import yaml
@@ -47,11 +47,11 @@ class DataConfig:
     workers: int | None = None
     """Processes that decode images, per training process; None: one per core available. The demo uses 0."""
     check_data: bool = False
-    """Decode every image once before the first step, and list those that cannot be read."""
+    """Decode every image once before the first step, also after a resume, and list those that cannot be read."""
     fast_decode: bool = False
     """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size where that is enough: faster, nearly the same image."""
     bad_images: Literal["stop", "skip"] = "stop"
-    """Images that cannot be read end the run, or (skip) are found before the first step and left out of it."""
+    """Images that cannot be read end the run, or (skip) are found before the first step of a new run and left out."""
 
 
 @dataclass
@@ -155,7 +155,7 @@ class RunConfig:
     resume: str | None = None
     """auto: continue the newest checkpoint of the output folder, or start; or the path of a checkpoint or run."""
     overwrite: bool = False
-    """Delete the run that the output folder holds."""
+    """Delete the run that the output folder holds, all but its export."""
     override: bool = False
     """Resume even with another batch size, seed, augmentation or image size than the run had."""
     config: str | None = None
@@ -175,11 +175,14 @@ class Config:
 # What suits 1,797 tiny scans and a backbone with random weights, where nothing else is said.
 _DEMO = ["--augment=none", "--image-size=64", "--workers=0", "--weights=none"]
 _DEMO += ["--epochs=40", "--lr=0.1", "--label-smoothing=0.1"]
+# Where ~ is the home: a shell leaves it in --output=~/runs, and so does YAML.
+_PATHS = {"data", "data_root", "weights", "freeze_plan", "cache_dir", "output", "resume", "config"}
+_PLAIN = (str, int, float)
 # How a run was started, not what it is: left out of its config.yaml, so that the file repeats the run elsewhere.
 _NOT_STORED = ("output", "resume", "overwrite", "override", "config")
 # What a resumed run must share with the run it continues.
 _OVERRIDABLE = ("augment", "views", "image_size", "batch_size", "seed")  # the checkpoint would refuse the others
-_FIXED = (*_OVERRIDABLE, "val_fraction", "name", "train", "optimizer")
+_FIXED = (*_OVERRIDABLE, "val_fraction", "bad_images", "name", "train", "optimizer")
 
 
 def parse(description: str = "", arguments: list[str] | None = None) -> Config:
@@ -212,11 +215,11 @@ def resumed(config: Config, arguments: list[str] | None = None) -> Config:
     """
     arguments, name = _own(arguments), default_name(config)
     if folder := run.under_way(config.run.output, config.run.resume, name):
-        arguments = [*arguments, "--resume=auto", f"--output={folder}"]  # whatever they said
+        arguments = [*arguments, "--resume=auto", "--no-overwrite", f"--output={folder}"]  # whatever they said
         config = _layers(arguments)
     if config.run.resume is None:
         return config
-    stored = run.stored_config(config.run.resume, config.run.output, name)
+    stored = run.stored_config(config.run.resume, config.run.output, name, whole=to_dict(config))
     config = _layers(arguments, stored=stored)
     if foreign := [name for name in _NOT_STORED if name in stored.get("run", {})]:
         raise UsageError(f"--resume {config.run.resume}: its settings say {foreign[0]}, which no run stores.")
@@ -231,8 +234,9 @@ def _own(arguments: list[str] | None) -> list[str]:
 def _layers(own: list[str], *, stored: dict[str, Any] | None = None, description: str = "") -> Config:
     """Defaults, demo, stored, file, command line: parsed as one."""
     config = _parse(own, description)
-    settings = [] if config.run.config is None else _arguments(_load_yaml(Path(config.run.config)))
-    above = _arguments(stored or {}) + _with_plan(settings) + _with_plan(own)
+    file, run_settings = config.run.config, f"the settings of --resume {config.run.resume}"
+    settings = [] if file is None else _arguments(_load_yaml(Path(file)), f"--config {file}")
+    above = _arguments(stored or {}, run_settings) + _with_plan(settings) + _with_plan(own)
     config = _parse(above, description)
     if config.data.data.lower() == "digits":
         config = _parse(_DEMO + above, description)
@@ -242,26 +246,27 @@ def _layers(own: list[str], *, stored: dict[str, Any] | None = None, description
 
 def _with_plan(arguments: list[str]) -> list[str]:
     """`--freeze-plan FILE` as the `--train` it stands for: the run must not depend on the file any more."""
-    model = _parse(arguments, "").model
+    nobody = ("\0",)  # can be said by no one
+    model = _parse(["--train", *nobody, *arguments], "").model
     if model.freeze_plan is None:
         return arguments
-    if model.train != ModelConfig.train:
+    if model.train != nobody:
         raise UsageError("--train and --freeze-plan both say what trains; give one of them.")
-    return [*arguments, "--freeze-plan=None", "--train", *rules.read(Path(model.freeze_plan).expanduser())]
+    return [*arguments, "--freeze-plan=None", "--train", *rules.read(Path(model.freeze_plan))]
 
 
 def default_name(config: Config) -> str:
     """The name of a run that was given none: DATA-MODEL."""
-    return f"{Path(config.data.data).expanduser().resolve().name}-{config.model.name}".lower()
+    return f"{Path(config.data.data).resolve().name}-{config.model.name}".lower()
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """The stored form: plain types, by group, without what says only how the run was started."""
     values = dataclasses.asdict(config)
-    if config.data.data.lower() != "digits" and Path(config.data.data).expanduser().is_dir():
-        values["data"]["data"] = os.path.abspath(Path(config.data.data).expanduser())  # works from anywhere
-    if Path(config.model.weights).expanduser().is_file():
-        values["model"]["weights"] = os.path.abspath(Path(config.model.weights).expanduser())
+    if config.data.data.lower() != "digits" and Path(config.data.data).is_dir():
+        values["data"]["data"] = os.path.abspath(config.data.data)  # works from anywhere
+    if Path(config.model.weights).is_file():
+        values["model"]["weights"] = os.path.abspath(config.model.weights)
     del values["model"]["freeze_plan"]  # its rules are in `train`
     for settings in values.values():
         settings |= {name: list(value) for name, value in settings.items() if isinstance(value, tuple)}
@@ -298,7 +303,11 @@ def _parse(arguments: list[str], description: str) -> Config:
     quiet = nullcontext() if speaks() else redirect_stderr(io.StringIO())
     with quiet:
         lines = "\n\n".join(filter(None, description.splitlines()))  # else they are joined to one
-        return tyro.cli(Config, args=arguments, description=lines, config=(tyro.conf.OmitArgPrefixes,))
+        config = tyro.cli(Config, args=arguments, description=lines, config=(tyro.conf.OmitArgPrefixes,))
+    for settings in (config.data, config.model, config.run):
+        for name in _PATHS & vars(settings).keys():
+            setattr(settings, name, getattr(settings, name) and os.path.expanduser(getattr(settings, name)))
+    return config
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
@@ -313,37 +322,56 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _arguments(values: dict[str, Any]) -> list[str]:
-    """A nested dict of settings as command-line arguments."""
-    arguments = []
+def _arguments(values: dict[str, Any], source: str) -> list[str]:
+    """A nested dict of settings as command-line arguments; `source` says in errors where they are from."""
+    found: list[tuple[str, list[str], Any, Any]] = []
     groups = {group.name: dataclasses.fields(group.default_factory) for group in dataclasses.fields(Config)}
     for group, settings in values.items():
         fields = {f.name: f for f in groups.get(group, ())}
         if group not in groups:
-            raise UsageError(_unknown(group, groups, "group"))
+            raise UsageError(f"{source}: unknown group {_unknown(group, groups)}")
         if not isinstance(settings, dict):
-            raise UsageError(f"{group}: holds {reprlib.repr(settings)}; expected settings such as {', '.join(fields)}.")
+            held = reprlib.repr(settings)
+            raise UsageError(f"{source}: {group} holds {held}; expected settings such as {', '.join(fields)}.")
         for name, value in settings.items():
             if name not in fields:
-                raise UsageError(_unknown(name, fields, f"setting in {group}:"))
-            flag = _flag(name)
-            if isinstance(value, bool):
-                arguments.append(flag if value else flag.replace("--", "--no-", 1))
-            elif isinstance(value, list) and any(isinstance(item, str) and item.startswith("--") for item in value):
-                raise UsageError(f"{group}.{name} holds {value}, which the command line would take for flags.")
-            elif isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
-                arguments += [flag, *map(str, value)]
-            elif value is None or isinstance(value, str | int | float):
-                arguments.append(f"{flag}={value}")
+                raise UsageError(f"{source}: unknown setting in {group}: {_unknown(name, fields)}")
+            key, flag, kind = f"{source}: {group}.{name}", _flag(name), fields[name].type
+            if isinstance(value, list) and any(isinstance(item, str) and item.startswith("--") for item in value):
+                raise UsageError(f"{key} holds {value}, which the command line would take for flags.")
+            if isinstance(value, bool) and kind is bool:
+                arguments = [flag if value else flag.replace("--", "--no-", 1)]
+            elif isinstance(value, list) and get_origin(kind) is tuple and all(type(v) in _PLAIN for v in value):
+                arguments = [flag, *map(str, value)]
+            elif type(value) in _PLAIN or (value is None and type(None) in get_args(kind)):
+                arguments = [f"{flag}={value}"]
             else:
-                raise UsageError(f"{group}.{name} holds {type(value).__name__}; expected a plain value.")
-    return arguments
+                raise UsageError(_misfit(key, value, kind))
+            found.append((key, arguments, value, kind))
+    every = [argument for _, arguments, *_ in found for argument in arguments]
+    if not _fits(every):
+        raise UsageError(next(_misfit(key, *rest) for key, arguments, *rest in found if not _fits(arguments)))
+    return every
 
 
-def _unknown(name: Any, known: Any, what: str) -> str:
+def _fits(arguments: list[str]) -> bool:
+    try:
+        with redirect_stderr(io.StringIO()):
+            _parse(arguments, "")
+    except SystemExit:
+        return False
+    return True
+
+
+def _misfit(key: str, value: Any, kind: Any) -> str:
+    expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+    return f"{key} is {reprlib.repr(value)}; expected {expected}."
+
+
+def _unknown(name: Any, known: Any) -> str:
     near = difflib.get_close_matches(str(name), known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"expected one of {', '.join(known)}."
-    return f"unknown {what} {name!r} in the configuration file; {hint}"
+    return f"{name!r}; {hint}"
 
 
 def _check_resume(stored: dict[str, Any], config: Config) -> None:

@@ -199,7 +199,7 @@ def _match_classes(classes: tuple[str, ...], val: Images) -> None:
     number = {name: i for i, name in enumerate(classes)}
     if extra := [name for name in val.classes if name not in number]:
         raise DataError(
-            f"the validation images have {len(extra)} classes without training images: {_listed(extra)}. "
+            f"the validation images have classes without training images: {_listed(extra)}. "
             f"Training has {_listed(classes)}; validation has {_listed(val.classes)}"
         )
     if val.classes != classes:
@@ -207,7 +207,7 @@ def _match_classes(classes: tuple[str, ...], val: Images) -> None:
         val.classes = classes
     present = set(val.labels)
     if missing := [name for i, name in enumerate(classes) if i not in present]:
-        logger.warning("%d classes have no validation images: %s", len(missing), _listed(missing))
+        logger.warning("classes without validation images: %s", _listed(missing))
 
 
 # Folders

@@ -1,7 +1,8 @@
 """Signals, time limits, and the stop that all processes agree on.
 
 A process that is told to stop (SIGTERM, SIGINT, SIGUSR1) only takes note. At the next `check`, which every process
-calls at the same points of the run, the notes are reduced to one, and all stop there together.
+calls at the same points of the run, the notes are reduced to one, and all stop there together. torch is imported where
+it is used: `end_at_once` is to be called before that.
 """
 
 import ctypes
@@ -10,14 +11,16 @@ import signal
 import sys
 import time
 from types import FrameType
-
-import torch
-from accelerate import Accelerator
+from typing import TYPE_CHECKING
 
 from trainer import run
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
+_TOO_EARLY = "stopped by {} before the training began: nothing is lost, start it again"
 
 
 class Preempted(BaseException):
@@ -27,6 +30,18 @@ class Preempted(BaseException):
     """
 
     exit_code = 75
+
+
+def end_at_once() -> None:
+    """From here until there is a `Preemption`, a signal ends the program with one line and exit code 75."""
+    for number in _SIGNALS:
+        signal.signal(number, _end)
+
+
+def _end(number: int, frame: FrameType | None) -> None:
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        os.write(2, f"error: {_TOO_EARLY.format(signal.Signals(number).name)}\n".encode())
+    os._exit(Preempted.exit_code)  # an exception in the middle of an import may be taken for a missing package
 
 
 class Preemption:
@@ -40,7 +55,9 @@ class Preemption:
         save_minutes: minutes between saves; None for none.
     """
 
-    def __init__(self, accelerator: Accelerator, *, time_limit: float | None = None, save_minutes: float | None = None):
+    def __init__(
+        self, accelerator: "Accelerator", *, time_limit: float | None = None, save_minutes: float | None = None
+    ):
         self.accelerator = accelerator
         self.armed = False
         self._limit = None if time_limit is None else 60 * time_limit
@@ -50,8 +67,11 @@ class Preemption:
         self._checked: float | None = None
         self._longest = 0.0  # seconds between two checks
         self._group = None
-        if accelerator.num_processes > 1 and torch.distributed.get_backend() != "gloo":
-            self._group = torch.distributed.new_group(backend="gloo")  # notes travel by CPU: no wait for the GPU
+        if accelerator.num_processes > 1:
+            from torch import distributed
+
+            if distributed.get_backend() != "gloo":
+                self._group = distributed.new_group(backend="gloo")  # notes travel by CPU: no wait for the GPU
         for number in _SIGNALS:
             signal.signal(number, self._note)
         _die_with_launcher()
@@ -72,11 +92,13 @@ class Preemption:
         save = self._save_interval is not None and now - self._saved > self._save_interval
         stop = bool(self._reason)
         if self.accelerator.num_processes > 1:
+            import torch
+
             flags = torch.tensor([stop, save], dtype=torch.int32)
             torch.distributed.all_reduce(flags, op=torch.distributed.ReduceOp.MAX, group=self._group)
             stop, save = flags.tolist()
         if stop:
-            raise Preempted(self._reason or "another process was told to stop")
+            raise Preempted(self._reason or "a signal to another process, or its time limit")
         if save:
             self._saved = now
         return bool(save)
@@ -87,7 +109,7 @@ class Preemption:
             os._exit(130)
         self._reason = self._reason or name
         if not self.armed:  # nothing to save yet, and what is under way may take long
-            raise Preempted(name)
+            raise Preempted(_TOO_EARLY.format(name))
 
 
 def _die_with_launcher() -> None:

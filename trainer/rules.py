@@ -85,6 +85,8 @@ def read(path: Path) -> tuple[str, ...]:
         raise UsageError(f"cannot read the freeze plan {path}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"the freeze plan {path} is not plain YAML or JSON: {error}") from None
+    if not content or (isinstance(content, dict) and not any(content.values())):
+        raise UsageError(f"the freeze plan {path} is empty; expected rules: with a list, or names to freeze.")
     if isinstance(content, list) and all(isinstance(name, str) for name in content):
         content = {"rules": [{"freeze": content}, {"train": "all"}]}
     if not isinstance(content, dict) or content.keys() != {"rules"} or not isinstance(content["rules"], list):

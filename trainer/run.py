@@ -52,6 +52,13 @@ def find(output: str | None, name: str) -> Path:
     return Path(output) if output is not None else (_numbered(name) or [_ROOT / name])[-1]
 
 
+def _named(output: str | None, resume: str, name: str) -> Path:
+    """The run or the checkpoint that `--resume` names: also a run by its folder of checkpoints."""
+    path = find(output, name) if resume == "auto" else Path(resume)
+    inside = resume != "auto" and path.name == "checkpoints" and path.is_dir() and not holds_run(path)
+    return path.parent if inside else path
+
+
 def _restarts() -> int:
     """How often the launcher has started this program again (`--max_restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -62,7 +69,8 @@ def under_way(output: str | None, resume: str | None, name: str) -> Path | None:
     if not _restarts():
         return None
     if output is None and resume not in (None, "auto"):
-        folders = [Path(resume), Path(resume).absolute().parent.parent]  # a run, a checkpoint in one
+        path = _named(output, resume, name)
+        folders = [path, path.absolute().parent.parent]  # a run, a checkpoint in one
     else:
         folders = [find(output, name)]
     for folder in folders:
@@ -265,6 +273,8 @@ class RunFolder:
                 shutil.rmtree(path)
             else:
                 path.unlink(missing_ok=True)
+        if self.stale and (self.path / "export").exists():  # perhaps in use: whoever made it decides
+            log.warning("%s is still that of the run as it was: export anew, or remove it.", self.path / "export")
         return {} if best is None else self._keep_best(best)
 
     def _keep_best(self, best: dict[str, float]) -> dict[str, float]:
@@ -305,8 +315,8 @@ def _next(folder: Path, name: str) -> Path:
 
 def _content(folder: Path) -> list[Path]:
     """What a run writes, and nothing else that somebody may keep there."""
-    found = [*(folder / "checkpoints").glob("*.pt"), folder / "tensorboard"]
-    found += [folder / "metrics.jsonl", folder / "status.json"]
+    found = [path for kind in ("*.pt", "*.pt.damaged") for path in (folder / "checkpoints").glob(kind)]
+    found += [folder / name for name in ("tensorboard", "features", "metrics.jsonl", "status.json")]
     return [path for path in found if path.exists()]
 
 
@@ -335,13 +345,15 @@ def _open(output: str | None, resume: str | None, name: str, *, overwrite: bool)
 
     if resume is None:
         return choose(output, name, overwrite=overwrite)
-    named = resume != "auto" and Path(resume).is_file()
-    folder = find(output, name) if resume == "auto" else Path(resume)
+    folder = _named(output, resume, name)
+    named = resume != "auto" and folder.is_file()
+    if overwrite and not named and (output is None or Path(output).absolute() == folder.absolute()):
+        raise UsageError(f"--resume {resume} goes on with {folder}, --overwrite deletes it: give one of them.")
     source = folder if named else checkpoint.newest(folder / "checkpoints")
     if source is None:
         if resume == "auto":
             return RunFolder(folder)
-        raise UsageError(f"--resume {resume}: that run has no checkpoint yet; start it anew with --overwrite.")
+        raise UsageError(f"{folder} has no checkpoint yet; start it anew with --resume auto --output {folder}.")
     home = source.absolute().parent.parent
     if source.parent.name != "checkpoints" or not holds_run(home):
         home = None
@@ -359,33 +371,40 @@ def _open(output: str | None, resume: str | None, name: str, *, overwrite: bool)
     return RunFolder(home, source, stale=later)
 
 
-def stored_config(resume: str, output: str | None, name: str) -> dict[str, Any]:
+def stored_config(resume: str, output: str | None, name: str, *, whole: dict[str, Any]) -> dict[str, Any]:
     """The settings of the run that `--resume` names; empty if `auto` finds none.
+
+    Args:
+        whole: some settings with nothing missing. What `config.yaml` lacks of them is taken from the checkpoint.
 
     Raises:
         UsageError: `resume` is a path and there is nothing.
-        CheckpointError: the checkpoint cannot be read.
+        CheckpointError: the checkpoint or `config.yaml` cannot be read.
     """
-    folder = find(output, name) if resume == "auto" else Path(resume)
-    if resume != "auto" and not folder.exists():
+    place = _named(output, resume, name)
+    if resume != "auto" and not place.exists():
         raise UsageError(f"--resume {resume}: there is no such checkpoint or run.")
-    path = folder / "config.yaml"
-    if not path.exists():
-        from trainer import checkpoint  # imports torch: only if a checkpoint has to be opened
+    path, settings = place / "config.yaml", {}
+    if path.exists():
+        try:
+            settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if not isinstance(settings, dict):
+                raise ValueError("it holds no settings")
+        except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        groups = [(settings.get(group), values) for group, values in whole.items()]
+        if all(isinstance(here, dict) and here.keys() >= values.keys() for here, values in groups):
+            return settings
+    from trainer import checkpoint  # imports torch: only if a checkpoint has to be opened
 
-        source = folder if folder.is_file() else checkpoint.newest(folder / "checkpoints")
-        if source is not None:
-            return checkpoint.read(source)["config"]
-        if resume == "auto":
-            return {}
+    source = place if place.is_file() else checkpoint.newest(place / "checkpoints")
+    if source is None and resume != "auto" and not path.exists():
         raise UsageError(f"--resume {resume} is neither a checkpoint nor the folder of a run: it has no config.yaml.")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("it holds no settings")
-        return settings
-    except (OSError, yaml.YAMLError, RecursionError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    for group, values in (checkpoint.read(source)["config"] if source else {}).items():
+        here = settings.setdefault(group, values)
+        if isinstance(here, dict) and isinstance(values, dict):
+            settings[group] = values | here
+    return settings
 
 
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
