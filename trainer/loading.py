@@ -75,7 +75,8 @@ class Transform:
         if not plain or image.shape[-3] != 3:
             given = f"{image.dtype} {list(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
             raise UsageError(f"the image is {given}; expected a path, a Pillow image, uint8 [3, H, W] or [B, 3, H, W].")
-        return self.normalize(self.resize(image)[None].to(self.device))[0]
+        image = self.resize(image).to(self.device)
+        return self.normalize(image) if image.ndim == 4 else self.normalize(image[None])[0]
 
 
 def load(
