@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trainer.errors import DataError, UsageError
-from trainer.sampling import BatchLoader, BatchPlan, KeyedDataset, counted_randomness, epoch_order, random_key
+from trainer.sampling import BatchLoader, BatchPlan, KeyedDataset, epoch_order, kept_randomness, random_key, seed_all
 
 
 def test_random_keys_are_stable_and_differ_by_every_part():
@@ -18,13 +18,14 @@ def test_random_keys_are_stable_and_differ_by_every_part():
     assert random_key(1, 23) != random_key(12, 3)
 
 
-def test_counted_randomness_covers_three_generators_and_restores_them():
+def test_seeds_cover_three_generators_and_kept_randomness_restores_them():
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     expected = random.random(), np.random.rand(), torch.rand(()).item()
     random.seed(1), np.random.seed(1), torch.manual_seed(1)
     draws = []
     for _ in range(2):
-        with counted_randomness(7, "augment", 3):
+        with kept_randomness():
+            seed_all(random_key(7, "augment", 3), devices=False)
             draws.append((random.random(), np.random.rand(), torch.rand(()).item()))
     assert draws[0] == draws[1]
     assert (random.random(), np.random.rand(), torch.rand(()).item()) == expected
@@ -124,10 +125,10 @@ def test_a_loader_left_in_the_middle_starts_anew():
 
 
 class _Broken(torch.utils.data.Dataset):
-    def __getitem__(self, request):
+    def item(self, request):
         if request[1] == 2:
             raise DataError("photo.jpg cannot be read")
-        return {"index": request[1]}
+        return {"index": request[1], "image": torch.zeros(3, 2, 2)}
 
 
 @pytest.mark.parametrize("workers", [0, 1])

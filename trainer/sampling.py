@@ -35,24 +35,25 @@ def random_key(*parts: int | str) -> int:
     return value >> 1  # torch.manual_seed takes a signed 64-bit integer
 
 
-def seed_all(key: int) -> None:
-    """Seed `random`, `numpy.random` and all of torch's generators that are in use."""
+def seed_all(key: int, *, devices: bool = True) -> None:
+    """Seed `random`, `numpy.random`, torch's CPU generator and those of its devices.
+
+    Args:
+        key: see `random_key`.
+        devices: False: the CPU's alone, as in a data worker, which must not touch a GPU.
+    """
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
-    if torch.accelerator.is_available():
+    if devices and torch.accelerator.is_available():
         torch.manual_seed(key)
     else:  # the same, in a tenth of the time
         torch.default_generator.manual_seed(key)
 
 
 @contextmanager
-def counted_randomness(*parts: int | str) -> Iterator[None]:
-    """Seed `random`, `numpy.random` and torch's CPU generator from `random_key(*parts)`; restore all three after."""
-    seed = random_key(*parts)
+def kept_randomness() -> Iterator[None]:
+    """Whatever is drawn inside, `random`, `numpy.random` and torch's CPU generator go on as if it had not been."""
     outside = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    torch.default_generator.manual_seed(seed)  # the CPU's alone: torch.manual_seed would touch CUDA in a worker
     try:
         yield
     finally:
@@ -188,10 +189,14 @@ class KeyedDataset(Dataset):
         return torch.stack([self[0, index]["image"] for index in range(min(count, len(self)))])
 
     def __getitem__(self, request: Request) -> dict[str, torch.Tensor | int]:
+        with kept_randomness():
+            return self.item(request)
+
+    def item(self, request: Request) -> dict[str, torch.Tensor | int]:
+        """As `self[request]`, inside `kept_randomness`: to keep it once for a batch takes less time."""
         epoch, index = request
-        with counted_randomness(self.seed, "augment", epoch, index):
-            image = self.transform(self.images[index])
-        return {"image": image, "label": self.labels[index], "index": index}
+        seed_all(random_key(self.seed, "augment", epoch, index), devices=False)
+        return {"image": self.transform(self.images[index]), "label": self.labels[index], "index": index}
 
 
 def outlast_signals(worker: int) -> None:
@@ -208,13 +213,13 @@ class BatchLoader:
     """Loads the batches it is asked for, in order, in worker processes that live as long as the loader.
 
     Args:
-        dataset: takes `(epoch, index)` requests, gives dicts of tensors and integers.
+        dataset: the images.
         workers: worker processes; 0 loads in this one. Any number gives the same bytes.
         pin_memory: put batches in page-locked memory (faster copies to a GPU).
         timeout: seconds to wait for a worker's batch before it is an error; 0 waits for ever.
     """
 
-    def __init__(self, dataset: Dataset, *, workers: int = 0, pin_memory: bool = False, timeout: float = 0.0):
+    def __init__(self, dataset: KeyedDataset, *, workers: int = 0, pin_memory: bool = False, timeout: float = 0.0):
         self.dataset = dataset
         self._batches: list[list[Request]] = []  # what the workers are asked for next
         self._loader = DataLoader(
@@ -230,7 +235,7 @@ class BatchLoader:
         )
 
     def __call__(self, batches: list[list[Request]]) -> Iterator[dict[str, torch.Tensor]]:
-        """Yield one dict per batch: "image" uint8 `[B, 3, S, S]`, "label" int64 `[B]`, "index" int64 `[B]`.
+        """Yield one dict per batch: "image" uint8 `[B, 3, S, S]`, channels_last; "label" and "index" int64 `[B]`.
 
         Raises:
             DataError: an image cannot be read; names it. OSError: the machine cannot read it.
@@ -239,22 +244,25 @@ class BatchLoader:
         for batch in self._loader:
             if isinstance(batch, Exception):
                 raise batch
-            yield batch
+            yield batch | {"image": batch["image"].permute(0, 3, 1, 2)}
 
 
 class _Reporting(Dataset):
     """Gives an error instead of raising it: a DataLoader would wrap a worker's traceback around the message."""
 
-    def __init__(self, dataset: Dataset):
+    def __init__(self, dataset: KeyedDataset):
         self.dataset = dataset
 
-    def __getitem__(self, request: Request) -> dict[str, torch.Tensor | int] | Exception:
+    def __getitems__(self, requests: list[Request]) -> list[dict[str, torch.Tensor | int]] | Exception:
         try:
-            return self.dataset[request]
+            with kept_randomness():
+                return [self.dataset.item(request) for request in requests]
         except (DataError, OSError) as error:
             return error
 
 
-def _collate(samples: list) -> dict[str, torch.Tensor] | Exception:
-    errors = (sample for sample in samples if isinstance(sample, Exception))
-    return next(errors, None) or default_collate(samples)
+def _collate(samples: list[dict[str, torch.Tensor | int]] | Exception) -> dict[str, torch.Tensor] | Exception:
+    if isinstance(samples, Exception):
+        return samples
+    # As decoders give them, colour by colour of each pixel: putting them side by side is all there is to do.
+    return default_collate([{**sample, "image": sample["image"].permute(1, 2, 0)} for sample in samples])
