@@ -82,14 +82,14 @@ def test_compiling_is_chosen_by_the_time_it_saves(tiny, monkeypatch):
     images = torch.randn(4, 3, 8, 8)
     fast = FastTrunk(Accelerator(cpu=True), split_model(tiny, images).trunk, images)
     compiled = []
-    monkeypatch.setattr(torch, "compile", lambda module: compiled.append(module) or module)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
     fast.seconds = 0.1
     assert not fast.compile(images.shape, images=100)
     assert compiled == []
     assert fast.compile(images.shape, images=100_000)
     assert fast.compiled
     assert len(compiled) == 1
-    monkeypatch.setattr(torch, "compile", lambda module: lambda images: (torch.zeros(4, 8),))
+    monkeypatch.setattr(torch, "compile", lambda module, **_: lambda images: (torch.zeros(4, 8),))
     assert not fast.compile(images.shape)
     assert not fast.compiled
 
