@@ -74,18 +74,13 @@ def main(config: Config) -> None:
     say(f"run     {folder.path}, on {accelerator.device.type} in {precision}")
     trainer.agree(accelerator, data=train_images.digest, validation=val_images.digest)
 
+    settings = {"lr": optim.lr, "weight_decay": optim.weight_decay, "momentum": optim.momentum}
+    optimizer = trainer.build_optimizer(network, optim.optimizer, **settings, fused=accelerator.scaler is None)
     loop = trainer.Trainer(
         accelerator,
         network,
         parts.tail,
-        trainer.build_optimizer(
-            network,
-            optim.optimizer,
-            lr=optim.lr,
-            weight_decay=optim.weight_decay,
-            momentum=optim.momentum,
-            fused=accelerator.scaler is None,
-        ),
+        optimizer,
         plan=plan,
         lr=partial(trainer.learning_rate, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup),
         epochs=optim.epochs,
@@ -112,9 +107,8 @@ def main(config: Config) -> None:
     if done():
         say("finished already: nothing to train. Give more --epochs or --patience, or a new --output.")
         return
-    begin = partial(
-        folder.begin, to_dict(config), plan=freeze_plan, report=backbone.report, best=loop.metrics.get("best")
-    )
+    kept = {"plan": freeze_plan, "report": backbone.report, "best": loop.metrics.get("best")}
+    begin = partial(folder.begin, to_dict(config), **kept)
     loop.metrics |= {"best": trainer.from_main(accelerator, begin)}
 
     logs = trainer.Logs(accelerator, folder.path, epochs=optim.epochs, step=loop.step)

@@ -160,3 +160,13 @@ def test_a_damaged_entry_is_computed_again(make, tmp_path, caplog):
     caplog.clear()
     features.keep(stream)
     assert caplog.text == ""
+
+
+def test_all_forwards_have_one_size_so_that_all_are_compiled_or_none(make, monkeypatch):
+    compiled = []
+    monkeypatch.setattr("trainer.trunk.FastTrunk.compile", lambda self, shape, **_: compiled.append(shape[0]))
+    features, stream = make()
+    fresh = features.stream(stream.dataset, views=None)
+    for streams, batch in (({"val": stream}, 4), ({"val": stream, "train": fresh}, 7)):
+        features.plan(**streams, epochs=3, micro=7, compile="on")
+        assert features.keep(stream).batch == compiled[-1] == batch

@@ -178,7 +178,7 @@ class Features:
         Args:
             streams: by name, the one to keep first before the others.
             epochs: that are to come.
-            micro: images in a forward of the trunk, where its features are not kept.
+            micro: images in a forward of the trunk, if not all features are kept.
             compile: "on", "off", or "auto": if it pays.
         """
         if self.fast is None:
@@ -187,9 +187,11 @@ class Features:
         self._places = {stream: self._place(stream, size) for stream in streams.values()}
         coming = {name: len(s) * (s.views if self._places[s] else epochs) for name, s in streams.items()}
         fresh = [name for name, stream in streams.items() if stream.views is None]
+        if not all(self._places.values()):
+            self.batch = micro  # of one size for all, so that all are compiled, or none
         if compile != "off":
-            shape = (micro if fresh else self.batch, *self._sample.shape[1:])
-            self.fast.compile(torch.Size(shape), images=None if compile == "on" else sum(coming.values()))
+            shape = torch.Size((self.batch, *self._sample.shape[1:]))
+            self.fast.compile(shape, images=None if compile == "on" else sum(coming.values()))
         shapes = " + ".join("×".join(map(str, shape)) for shape, _ in self.rows)
         lines, seconds = [f"features of {shapes}, {_bytes(size)} an image"], {"once": 0.0, "an epoch": 0.0}
         for name, stream in streams.items():
