@@ -146,7 +146,7 @@ def _table(result: dict[str, Any], state: dict[str, Any], own: bool, fits: bool)
         max(map(len, ["class", *result["classes"]])), shutil.get_terminal_size().columns - 9 - 12 * len(metrics)
     )
     lines = [f"{result['checkpoint']}: epoch {state['epoch']}, step {state['step']}"]
-    lines += [f"{result['data']}: {result['samples']:,} images", ""]
+    lines += [f"{result['data']}: {result['samples']:,} image{'s' * (result['samples'] > 1)}", ""]
     lines += [f"{'class':{width}} {'images':>8}" + "".join(f"{name:>12}" for name in metrics)]
     for name, values in result["classes"].items():
         numbers = "".join(f"{values[metric]:12.4f}" if metric in values else f"{'–':>12}" for metric in metrics)

@@ -140,7 +140,7 @@ class BatchPlan:
             f"batch {self.batch_size} = micro-batch {self.micro_batch} × {self.processes} "
             f"process{'es' if self.processes > 1 else ''} × accumulation {self.accumulation}; "
             f"{self.samples:,} images = {self.steps_per_epoch:,} steps an epoch"
-            + (f" (the last of {last} images)" if last else "")
+            + (f" (the last of {last} image{'s' * (last > 1)})" if last else "")
         )
 
     def windows(self, *, seed: int, epoch: int, start: int = 0) -> Iterator[list[int]]:
