@@ -25,7 +25,7 @@ FAULTS = {
     "main process stopped": (STOP + STEP.format("hurt", 0), 0, "Lost", "no sign of life"),
     "evaluation": ("break_in(trainer.Trainer, 'evaluate', fail, call=2)", 1, *BROKE),
     "images": (
-        "from trainer.data import FolderImages\nbreak_in(FolderImages, '__getitem__', fail, call=20)",
+        "from trainer.data import FolderImages\nbreak_in(FolderImages, '__getitem__', fail, call=40)",
         1,
         *BROKE,
     ),
