@@ -349,7 +349,7 @@ def _arguments(values: dict[str, Any], source: str) -> list[str]:
                 raise UsageError(_misfit(key, value, kind))
             found.append((key, arguments, value, kind))
     every = [argument for _, arguments, *_ in found for argument in arguments]
-    if not _fits(every):
+    if every and not _fits(every):  # nothing always fits, and parsing it takes as long as the command line
         raise UsageError(next(_misfit(key, *rest) for key, arguments, *rest in found if not _fits(arguments)))
     return every
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from trainer.data import EXTENSIONS, decode, printable
 from trainer.errors import DataError, UsageError, check_least
 from trainer.loading import Loaded, load, shorten
+from trainer.processes import cores_here
 
 
 def predict(
@@ -97,7 +98,7 @@ def classify(
 ) -> Iterator[tuple[str, Tensor | str]]:
     """The probabilities [C] of each file, on the CPU, in order; for one that cannot be read, the reason instead."""
     if workers is None:
-        workers = min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, len(files) // batch_size)
+        workers = min(cores_here(), len(files) // batch_size)
     loader = DataLoader(_Files(loaded, files), batch_size=batch_size, num_workers=workers, collate_fn=list)
     done = 0
     for results in tqdm(loader, leave=False, disable=None):

@@ -95,12 +95,16 @@ def say(*lines: str) -> None:
 
 def cores_per_process(accelerator: Accelerator) -> int:
     """CPU cores that this process may use, shared fairly with the others on this machine; at least 1."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    return max(1, cores_here() // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+
+
+def cores_here() -> int:
+    """CPU cores of this machine that the program may use, of which a container may have but a part; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # a container with all cores and the time of a few; "max 100000" is no limit
         quota, period = _QUOTA.read_text().split()
         cores = min(cores, int(quota) // int(period))
-    return max(1, cores // here)
+    return max(1, cores)
 
 
 def in_turn(accelerator: Accelerator, function: Callable[[], T]) -> T:

@@ -93,10 +93,9 @@ class FastTrunk(nn.Module):
         sample = torch.rand(shape, device=next(self.module.parameters()).device)
         expected = self(sample)
         try:
-            frozen = {
-                "freezing": sample.device.type == "cpu"
-            }  # its weights as constants, in the order that suits the CPU
-            self._compiled, self._shape = torch.compile(self.module, options=frozen), sample.shape
+            # On a CPU its weights are constants, in the order that suits the CPU.
+            options = {"freezing": sample.device.type == "cpu"}
+            self._compiled, self._shape = torch.compile(self.module, options=options), sample.shape
             _check(self(sample), expected, _TOLERANCE[self.dtype])
             self.seconds = self._time(sample)
         except Exception as error:  # no C++ compiler, an operation that it does not know
