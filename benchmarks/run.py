@@ -46,7 +46,8 @@ class Row:
 
     commands: run one after the other and timed together; what the first one reports is the row's.
     ours: has to pass the gate. baseline: others are divided by it. reference: of the accuracy, within its group.
-    once: measured in the first round alone. factor: of its time. prepare: called before, untimed.
+    once: measured in the first round alone. factor: of its time. share: of its epochs that are run; the others are
+    taken to last as long, and its accuracy is not known. prepare: called before, untimed.
     log: the metrics.jsonl that holds the accuracy, where the process does not print it.
     """
 
@@ -58,6 +59,7 @@ class Row:
     reference: bool = False
     once: bool = False
     factor: int = 1
+    share: float = 1.0
     prepare: Callable[[], object] = lambda: None
     env: dict[str, str] = field(default_factory=dict)
     log: Path | None = None
@@ -106,6 +108,9 @@ def run(row: Row) -> dict | None:
             return None
     if row.log is not None:
         reported["accuracy"] = json.loads(row.log.read_text().splitlines()[-1])["val"]["accuracy"]
+    if row.share < 1:
+        total = reported["ready"] + (total - reported["ready"]) / row.share
+        del reported["accuracy"]
     return {**reported, "seconds": reported.get("seconds", total) * row.factor}
 
 
@@ -301,10 +306,16 @@ class Bench:
         """One of the peer scripts."""
         name = f"{peer}, {'tuned' if tuned else 'as shipped'}{name}"
         output = self.args.work / "runs" / re.sub(r"\W+", "-", f"{row.get('group', '')}{name}")
-        flags = ["--tuned" if tuned else "--as-shipped", *self.job(data, epochs, train), f"--lr={self.args.lr}"]
+        every = epochs or self.args.epochs
+        some = min(every, self.args.shipped_epochs or every) if not tuned else every
+        if some < every:
+            name, row["share"] = f"{name}, {some} of {every} epochs", some / every
+            note = "as shipped: so many epochs were run; the others are counted as if they had taken as long"
+            self.notes += [note] * (note not in self.notes)
+        flags = ["--tuned" if tuned else "--as-shipped", *self.job(data, some, train), f"--lr={self.args.lr}"]
         flags += [f"--size={self.args.size}", f"--output={output}"]
         if tuned:
-            best = self.probe(train, epochs or self.args.epochs)
+            best = self.probe(train, every)
             flags += ["--bf16"] * best["bf16"] + ["--compile"] * best["compile"]
         self.used += [peer] * (peer not in self.used)
         row["prepare"] = lambda: (shutil.rmtree(output, ignore_errors=True), output.mkdir(parents=True))
@@ -462,6 +473,7 @@ def main() -> int:
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--augment", choices=("none", "crop"), default="none")
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default all; with --quick the first two")
+    parser.add_argument("--shipped-epochs", type=int, help="run so many of a peer as shipped, count the rest like them")
     parser.add_argument("--template-flags", default="", help="more flags for train.py, in one string")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "benchmarks", help="photos, weights, runs")
     parser.add_argument("--out", type=Path, default=HERE, help="folder for the table")

@@ -71,6 +71,16 @@ def test_rows_are_compared_within_their_group(suite):
     assert suite.failures(rows + other) == []
 
 
+def test_epochs_that_were_not_run_are_counted_like_those_that_were(suite):
+    code = "import time; time.sleep(0.4); print('ready', flush=True); time.sleep(0.1); "
+    report = code + "print('result', '{\"accuracy\": 0.5}')"
+    row = suite.Row("a", [[sys.executable, "-c", report]], share=0.1)
+    suite.measure([row], 1)
+    assert row.found[0]["seconds"] > 0.4 + 10 * 0.1
+    assert row.found[0]["seconds"] == pytest.approx(row.found[0]["ready"] + 10 * 0.1, abs=0.9)
+    assert "accuracy" not in row.found[0]
+
+
 def test_measures_interleaved_and_reads_what_a_process_reports(suite):
     order = []
     report = 'print(\'ready\'); print(\'result\', \'{"accuracy": 0.5, "seconds": 2.0, "extra": {"kB": 3}}\')'

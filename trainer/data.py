@@ -631,4 +631,6 @@ class Normalize(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         rows, width = images.permute(0, 2, 3, 1).flatten(2), images.shape[3]  # [B, H, W·3]: long rows, to be fast
         scale, shift = (value.flatten().repeat(width) for value in (self.scale, self.shift))
-        return torch.addcmul(shift, rows, scale).unflatten(2, (width, 3)).permute(0, 3, 1, 2)
+        rows = rows.float()
+        torch.addcmul(shift, rows, scale, out=rows)  # in place: new memory takes longer than the arithmetic
+        return rows.unflatten(2, (width, 3)).permute(0, 3, 1, 2)

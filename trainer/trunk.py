@@ -1,21 +1,20 @@
 """The trunk at full speed.
 
 What runs is a copy of it: BatchNorm folded into the convolutions before it, channels last, in bf16 where the launcher
-says bf16, compiled where that pays. The model that is trained, saved, exported and fingerprinted stays as it is.
+says bf16, on a CPU with sums and activations fused into convolutions, compiled where that pays. The model that is
+trained, saved, exported and fingerprinted stays as it is.
 """
 
 import hashlib
 import logging
 import time
-from collections import Counter
-from copy import deepcopy
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, fx, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor, nn
 
-from trainer.freezing import digest, lock_eval
+from trainer.freezing import digest
+from trainer.fusion import folded_copy, fuse_convolutions
 from trainer.processes import from_main, gather
 
 # How far the features may be from those of the plain trunk, as a share of their 2-norm: bf16 has 8 bits, and every
@@ -47,10 +46,10 @@ class FastTrunk(nn.Module):
         self._plain = [trunk]  # in a list: no part of this module
         self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         self.module: nn.Module | None = None
-        self._compiled, self._shape = None, None
+        self._compiled, self._shape, self._fused = None, None, False
         self.what = "as it is"
         if accelerator.mixed_precision != "fp16":  # its range is too small for some trunks: autocast knows where
-            self._fold(trunk, sample)
+            self._hasten(sample)
         self.seconds = self._time(sample)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -87,7 +86,8 @@ class FastTrunk(nn.Module):
         if self.module is None:
             return False
         eager, good = self.seconds, True
-        saves = images is None or images * eager * (1 - _COMPILED_SHARE) > _COMPILE_SECONDS
+        share = 1.0 if self._fused else _COMPILED_SHARE
+        saves = images is None or images * eager * (1 - share) > _COMPILE_SECONDS
         if not from_main(self.accelerator, lambda: saves):  # clocks differ between processes, decisions must not
             return False
         sample = torch.rand(shape, device=next(self.module.parameters()).device)
@@ -95,7 +95,8 @@ class FastTrunk(nn.Module):
         try:
             # On a CPU its weights are constants, in the order that suits the CPU.
             options = {"freezing": sample.device.type == "cpu"}
-            self._compiled, self._shape = torch.compile(self.module, options=options), sample.shape
+            module, _ = self._copy(self.dtype, None)  # the compiler fuses by itself
+            self._compiled, self._shape = torch.compile(module, options=options), sample.shape
             _check(self(sample), expected, _TOLERANCE[self.dtype])
             self.seconds = self._time(sample)
         except Exception as error:  # no C++ compiler, an operation that it does not know
@@ -114,23 +115,38 @@ class FastTrunk(nn.Module):
         has = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
         if self.module is None or self.compiled or self.dtype != torch.float32 or not has:
             return 1.0
-        plain, eager = self.module, self._time(sample)
-        self.module, self.dtype = deepcopy(plain).to(torch.bfloat16), torch.bfloat16
+        module, seconds = self.module, self._time(sample)
         try:
-            return eager / self._time(sample)
+            self.module, _ = self._copy(torch.bfloat16, sample if self._fused else None)
+            self.dtype = torch.bfloat16
+            return seconds / self._time(sample)
         finally:
-            self.module, self.dtype = plain, torch.float32
+            self.module, self.dtype = module, torch.float32
 
-    def _fold(self, trunk: nn.Module, sample: Tensor) -> None:
+    def _hasten(self, sample: Tensor) -> None:
         expected = self(sample)
-        try:
-            self.module, folded = folded_copy(trunk)
-            self.module.to(dtype=self.dtype, memory_format=torch.channels_last)
-            _check(self(sample), expected, _TOLERANCE[self.dtype])
-            self.what = f"{folded} BatchNorms folded, channels last, {str(self.dtype).removeprefix('torch.')}"
-        except Exception as error:  # fx fails in many ways on code that it cannot follow
-            log.info("the trunk runs as it is: %s", error)
-            self.module = None
+        fusing = sample.device.type == "cpu" and torch.backends.mkldnn.is_available()
+        for fused in (sample, None) if fusing else (None,):
+            try:
+                self.module, what = self._copy(self.dtype, fused)
+                _check(self(sample), expected, _TOLERANCE[self.dtype])
+            except Exception as error:  # fx fails in many ways on code that it cannot follow
+                log.info("the trunk is not %s: %s", "folded" if fused is None else "fused", error)
+                self.module = None
+            else:
+                self.what, self._fused = what, fused is not None
+                return
+
+    def _copy(self, dtype: torch.dtype, sample: Tensor | None) -> tuple[nn.Module, str]:
+        """A faster copy of the trunk, if there is a sample with convolutions fused; and what is done to it."""
+        module, folded = folded_copy(self._plain[0])
+        module.to(dtype=dtype, memory_format=torch.channels_last)
+        what = [f"{folded} BatchNorms folded"]
+        if sample is not None:
+            with torch.no_grad():
+                fused = fuse_convolutions(module, sample.to(dtype, memory_format=torch.channels_last))
+            what.append(f"{fused} convolutions fused with what follows")
+        return module, ", ".join([*what, "channels last", str(dtype).removeprefix("torch.")])
 
     def _time(self, sample: Tensor, repeats: int = 2) -> float:
         """Seconds for an image of `sample`: the least of some."""
@@ -148,29 +164,3 @@ def _check(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], tolerance: f
         distance = (one.float() - other.float()).norm() / other.float().norm().clamp(min=1e-12)
         if not distance < tolerance:
             raise ArithmeticError(f"its features are off by {distance:.1e} of their norm")
-
-
-def folded_copy(trunk: nn.Module) -> tuple[fx.GraphModule, int]:
-    """A copy of a frozen module with BatchNorm folded into the convolutions before it, and how many were.
-
-    W' = γ / √(σ² + ε) · W, b' = γ / √(σ² + ε) · (b − μ) + β (Jacob et al., 2018, https://arxiv.org/abs/1712.05877).
-    """
-    copy = deepcopy(fx.symbolic_trace(trunk))
-    modules = dict(copy.named_modules())
-    uses = Counter(node.target for node in copy.graph.nodes if node.op == "call_module")
-    folded = 0
-    for node in list(copy.graph.nodes):
-        if node.op != "call_module" or not isinstance(modules[node.target], nn.BatchNorm2d):
-            continue
-        before = node.args[0]
-        if before.op != "call_module" or not isinstance(modules[before.target], nn.Conv2d):
-            continue
-        if len(before.users) == uses[before.target] == uses[node.target] == 1:
-            copy.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
-            node.replace_all_uses_with(before)
-            copy.graph.erase_node(node)
-            folded += 1
-    copy.delete_all_unused_submodules()
-    copy.recompile()
-    lock_eval(copy)
-    return copy, folded
