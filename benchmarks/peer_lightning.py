@@ -52,7 +52,7 @@ class Classifier(LightningModule):
 train, val = loaders(args, workers=6)
 trainer = Trainer(
     max_epochs=args.epochs,
-    precision="bf16-mixed" if args.bf16 else "32-true",
+    precision="bf16-mixed" if args.bf16 and not args.frozen else "32-true",  # a frozen trunk has its own autocast
     default_root_dir=args.output,
     enable_model_summary=False,
     enable_progress_bar=not args.tuned,

@@ -84,6 +84,13 @@ def test_what_reads_back_other_than_it_was_written_does_not_count_as_saved(tmp_p
     assert sorted(os.listdir(tmp_path)) == ["step-00000010.pt", "step-00000020.pt"]
 
 
+def test_an_error_names_the_file_that_was_to_be_written(tmp_path):
+    path = tmp_path / "missing" / "plan.json"
+    with pytest.raises(FileNotFoundError) as caught:
+        files.replace(path, b"new")
+    assert str(caught.value) == f"[Errno {errno.ENOENT}] No such file or directory: {str(path)!r}"
+
+
 def test_a_limit_on_the_size_of_files_is_an_error_with_its_number(tmp_path):
     files.replace(tmp_path / "a", b"old")
     script = "import resource, signal; resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); "

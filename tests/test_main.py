@@ -1,5 +1,6 @@
 """`python -m trainer`: help at once, one message for a mistake."""
 
+import signal
 import subprocess
 import sys
 
@@ -34,6 +35,15 @@ def test_a_mistake_is_one_message(arguments, code, says, program, tmp_path):
     assert done.returncode == code
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_interrupted_while_torch_is_imported_it_ends_in_silence():
+    code = "import os, signal, sys\nclass Stop:\n"
+    code += "    def find_spec(self, name, *_): name == 'torch' and os.kill(os.getpid(), signal.SIGINT)\n"
+    code += "sys.meta_path.insert(0, Stop()); sys.argv = ['trainer', 'verify', 'nowhere']\n"
+    code += "import runpy; runpy.run_module('trainer', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,14 @@ def test_what_bf16_would_gain_is_measured_and_changes_nothing(tiny):
     assert fast.gain_of_bf16(images) > 0
     assert torch.equal(fast(images)[0], before[0])
     assert fast(images)[0].dtype == torch.float32
+
+
+def test_many_images_go_through_it_in_turn(tiny):
+    freeze(tiny, ["fc"])
+    images, sizes = torch.randn(10, 3, 8, 8), []
+    fast = _fast(tiny, images[:2])
+    fast.most = 4
+    fast.module.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    (features,) = fast(images)
+    assert sizes == [4, 4, 2]
+    assert torch.equal(features, torch.cat([fast(some)[0] for some in images.split(4)]))

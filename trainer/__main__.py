@@ -6,6 +6,7 @@ accelerate launch --config_file accelerate_configs/multi_gpu.yaml -m trainer eva
 """
 
 import io
+import signal
 from contextlib import nullcontext, redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
@@ -128,12 +129,15 @@ def parse(arguments: list[str] | None = None) -> Inspect | Verify | Evaluate | P
 
 
 def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback through seconds of imports
     command = parse()
-    module, function = _DOES[type(command)].split(".")
+    module, name = _DOES[type(command)].split(".")
 
     def run() -> None:  # imported inside, so that a missing package is a message like any other
+        function = getattr(import_module(f"trainer.{module}"), name)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with no_broken_pipe():
-            getattr(import_module(f"trainer.{module}"), function)(**vars(command))
+            function(**vars(command))
 
     trainer.run_and_exit(run)
 

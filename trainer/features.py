@@ -131,8 +131,8 @@ class Features:
         trunk: frozen, or `split.Uncut`: then there is nothing to keep.
         normalize: uint8 → float, on the device.
         sample: a few images as the trunk gets them.
-        batch: images in a forward of the trunk, where its features are kept; None: 16, on a GPU 256. (Two cores of an
-            AMD EPYC take a ResNet-50 through 18 images a second in batches of 16, 16 in batches of 64: caches.)
+        batch: images that are decoded and go through the trunk together, where its features are kept; None: as many
+            as it takes in one forward.
         memory: GiB that features may take on each process; 0 without `lasting`: none are kept.
         folder: for files of features that memory has no room for.
         lasting: put the features of all streams there, to be found again by the next run; else they go with this one.
@@ -153,8 +153,8 @@ class Features:
         **loading: Any,
     ):
         self.accelerator, self.folder, self.lasting = accelerator, folder, lasting
-        self.batch = batch or (256 if accelerator.device.type == "cuda" else 16)
         self.fast = None if isinstance(trunk, Uncut) else FastTrunk(accelerator, trunk, sample)
+        self.batch = batch or (1 if self.fast is None else self.fast.most)
         self.rows = [] if self.fast is None else [(tensor.shape[1:], tensor.dtype) for tensor in self.fast(sample)]
         self._sample, self._left, self._keeps = sample, memory * 2**30, lasting or memory > 0
         self._stream = partial(
@@ -190,7 +190,7 @@ class Features:
         if not all(self._places.values()):
             self.batch = micro  # of one size for all, so that all are compiled, or none
         if compile != "off":
-            shape = torch.Size((self.batch, *self._sample.shape[1:]))
+            shape = torch.Size((min(self.batch, self.fast.most), *self._sample.shape[1:]))
             self.fast.compile(shape, images=None if compile == "on" else sum(coming.values()))
         shapes = " + ".join("×".join(map(str, shape)) for shape, _ in self.rows)
         lines, seconds = [f"features of {shapes}, {_bytes(size)} an image"], {"once": 0.0, "an epoch": 0.0}

@@ -70,9 +70,11 @@ def replace(path: Path, data: bytes) -> None:
             ops.write(file, data)
             ops.sync(file)
         ops.rename(temporary, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             ops.remove(temporary)
+        if isinstance(error, OSError) and str(error.filename) == str(temporary):
+            error.filename = str(path)  # the temporary name says nothing to people
         raise
     ops.sync_folder(path.parent)  # the rename itself is durable only now
     if ops.read(path) != data:

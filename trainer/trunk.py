@@ -36,13 +36,15 @@ class FastTrunk(nn.Module):
         sample: a few images as the trunk gets them, to compare the two on, and to measure.
 
     Attributes:
+        most: images in one forward; more are taken in turn: in bf16 two cores of an AMD EPYC take 42 images a second
+            through a ResNet-50 in batches of 16, 37 in batches of 64, which leave the caches.
         what: how it differs from the plain one, for people.
         seconds: what an image takes.
     """
 
     def __init__(self, accelerator: Accelerator, trunk: nn.Module, sample: Tensor):
         super().__init__()
-        self.accelerator = accelerator
+        self.accelerator, self.most = accelerator, 256 if sample.device.type == "cuda" else 16
         self._plain = [trunk]  # in a list: no part of this module
         self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         self.module: nn.Module | None = None
@@ -53,6 +55,9 @@ class FastTrunk(nn.Module):
         self.seconds = self._time(sample)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if len(images) > self.most:
+            parts = [self(some) for some in images.split(self.most)]
+            return tuple(torch.cat(tensors) for tensors in zip(*parts, strict=True))
         # no_grad, not inference_mode: autograd refuses to save inference tensors for the tail's backward.
         with torch.no_grad():
             if self.module is None:
