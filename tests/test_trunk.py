@@ -111,3 +111,16 @@ def test_many_images_go_through_it_in_turn(tiny):
     (features,) = fast(images)
     assert sizes == [4, 4, 2]
     assert torch.equal(features, torch.cat([fast(some)[0] for some in images.split(4)]))
+
+
+def test_a_trunk_with_nothing_to_fuse_may_be_compiled(monkeypatch):
+    class Plain(nn.Module):
+        def forward(self, x):
+            return (x.flatten(1) * 2,)
+
+    images, compiled = torch.randn(4, 3, 8, 8), []
+    fast = FastTrunk(Accelerator(cpu=True), Plain(), images)
+    monkeypatch.setattr(torch, "compile", lambda module, **_: compiled.append(module) or module)
+    fast.seconds = 0.1
+    assert fast.compile(images.shape, images=100_000)
+    assert len(compiled) == 1

@@ -48,7 +48,7 @@ class FastTrunk(nn.Module):
         self._plain = [trunk]  # in a list: no part of this module
         self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         self.module: nn.Module | None = None
-        self._compiled, self._shape, self._fused = None, None, False
+        self._compiled, self._shape, self._fused = None, None, 0
         self.what = "as it is"
         if accelerator.mixed_precision != "fp16":  # its range is too small for some trunks: autocast knows where
             self._hasten(sample)
@@ -95,12 +95,12 @@ class FastTrunk(nn.Module):
         saves = images is None or images * eager * (1 - share) > _COMPILE_SECONDS
         if not from_main(self.accelerator, lambda: saves):  # clocks differ between processes, decisions must not
             return False
-        sample = torch.rand(shape, device=next(self.module.parameters()).device)
+        sample = torch.rand(shape, device=self.accelerator.device)
         expected = self(sample)
         try:
             # On a CPU its weights are constants, in the order that suits the CPU.
             options = {"freezing": sample.device.type == "cpu"}
-            module, _ = self._copy(self.dtype, None)  # the compiler fuses by itself
+            module, *_ = self._copy(self.dtype, None)  # the compiler fuses by itself
             self._compiled, self._shape = torch.compile(module, options=options), sample.shape
             _check(self(sample), expected, _TOLERANCE[self.dtype])
             self.seconds = self._time(sample)
@@ -122,7 +122,7 @@ class FastTrunk(nn.Module):
             return 1.0
         module, seconds = self.module, self._time(sample)
         try:
-            self.module, _ = self._copy(torch.bfloat16, sample if self._fused else None)
+            self.module, *_ = self._copy(torch.bfloat16, sample if self._fused else None)
             self.dtype = torch.bfloat16
             return seconds / self._time(sample)
         finally:
@@ -131,27 +131,27 @@ class FastTrunk(nn.Module):
     def _hasten(self, sample: Tensor) -> None:
         expected = self(sample)
         fusing = sample.device.type == "cpu" and torch.backends.mkldnn.is_available()
-        for fused in (sample, None) if fusing else (None,):
+        for some in (sample, None) if fusing else (None,):
             try:
-                self.module, what = self._copy(self.dtype, fused)
+                self.module, self._fused, what = self._copy(self.dtype, some)
                 _check(self(sample), expected, _TOLERANCE[self.dtype])
             except Exception as error:  # fx fails in many ways on code that it cannot follow
-                log.info("the trunk is not %s: %s", "folded" if fused is None else "fused", error)
-                self.module = None
+                log.info("the trunk is not %s: %s", "folded" if some is None else "fused", error)
+                self.module, self._fused = None, 0
             else:
-                self.what, self._fused = what, fused is not None
+                self.what = what
                 return
 
-    def _copy(self, dtype: torch.dtype, sample: Tensor | None) -> tuple[nn.Module, str]:
-        """A faster copy of the trunk, if there is a sample with convolutions fused; and what is done to it."""
+    def _copy(self, dtype: torch.dtype, sample: Tensor | None) -> tuple[nn.Module, int, str]:
+        """A faster copy of the trunk; how many convolutions are fused, 0 without a sample; what is done to it."""
         module, folded = folded_copy(self._plain[0])
         module.to(dtype=dtype, memory_format=torch.channels_last)
-        what = [f"{folded} BatchNorms folded"]
+        fused, what = 0, [f"{folded} BatchNorms folded"]
         if sample is not None:
             with torch.no_grad():
                 fused = fuse_convolutions(module, sample.to(dtype, memory_format=torch.channels_last))
             what.append(f"{fused} convolutions fused with what follows")
-        return module, ", ".join([*what, "channels last", str(dtype).removeprefix("torch.")])
+        return module, fused, ", ".join([*what, "channels last", str(dtype).removeprefix("torch.")])
 
     def _time(self, sample: Tensor, repeats: int = 2) -> float:
         """Seconds for an image of `sample`: the least of some."""
