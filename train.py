@@ -1,149 +1,105 @@
-"""Fine-tune a torchvision backbone.
+"""Fine-tune a vision model: freeze it, cut it where training begins, and train the part after the cut.
 
-accelerate launch --config_file accelerate_configs/cpu.yaml train.py                     # the built-in demo
+accelerate launch --config_file accelerate_configs/cpu.yaml train.py                     # the built-in demo, 94 %
 accelerate launch --config_file accelerate_configs/gpu.yaml train.py --data ~/photos --model resnet50
 accelerate launch --config_file accelerate_configs/multi_gpu.yaml train.py --data ~/photos --train head layer4
 accelerate launch --config_file accelerate_configs/gpu.yaml train.py --data ~/photos --model resnet50 --resume auto
 """
 
-from functools import partial
-from pathlib import Path
-
 import trainer
-from trainer.config import Config, default_name, parse, resumed, to_dict
-from trainer.preemption import end_at_once
+from trainer.cli import end_at_once, parse
+from trainer.config import Config, to_dict
 
 
 def main(config: Config) -> None:
-    accelerator, say = trainer.start(exact=config.run.exact, timeout=config.run.timeout), trainer.say
-    config = trainer.from_main(accelerator, partial(resumed, config))  # one, on any number of machines
-    data, model, optim, run = config.data, config.model, config.optim, config.run
-    guard = trainer.Preemption(accelerator, time_limit=run.time_limit, save_minutes=run.save_minutes)
+    """One run. The launcher chooses devices, processes and precision; `config` holds every other choice."""
+    accelerator, say = trainer.start(exact=config.run.exact, timeout=config.run.timeout), trainer.print_main
+    stop = trainer.Preemption(accelerator, time_limit=config.run.time_limit, save_minutes=config.run.save_minutes)
 
-    # Where the run lives, and where it starts: at the checkpoint --resume names, at the newest one, or afresh.
-    choose = partial(trainer.open_run, run.output, run.resume, default_name(config), overwrite=run.overwrite)
-    folder = trainer.from_main(accelerator, choose)
+    # 1. Where to start, with which settings: at the checkpoint --resume names, at the newest, or anew.
+    config, run = trainer.open_run(accelerator, config)
+    recipe = trainer.load_recipe(config.run.recipe)  # your own data, model, loss, metrics: trainer/recipe.py
+    optim, seed, device = config.optim, config.run.seed, accelerator.device
 
-    # Data and model: one process downloads, then the others find it done.
-    load = partial(trainer.load_data, data.data, val_fraction=data.val_fraction, seed=run.seed, root=data.data_root)
-    train_images, val_images = trainer.in_turn(accelerator, load)
-    classes = list(train_images.classes)
-    # What cannot be read is found now, not in the third hour; a resumed run leaves out what it left out before.
-    workers = trainer.cores_per_process(accelerator) if data.workers is None else data.workers
-    loading = {"workers": workers, "timeout": 60 * run.timeout}
-    check = partial(trainer.check_images, check=data.check_data, skip=data.bad_images == "skip", **loading)
-    known = trainer.from_main(accelerator, folder.skipped)
-    (train_images, val_images), skipped = check(accelerator, (train_images, val_images), known=known)
-    match = trainer.Match(**model.matching())
-    build = partial(trainer.build_model, model.name, len(classes), weights=model.weights, match=match)
-    backbone = trainer.in_turn(accelerator, partial(build, image_size=data.image_size, seed=run.seed))
-    network, spec = backbone.model.to(accelerator.device), backbone.input
-    model.weights = backbone.base.get("weights", model.weights)  # by name: "default" may be another one next year
+    # 2. Images, the same on all processes. Bad settings and bad data end the run here, before anything takes long.
+    workers = trainer.Workers.of(accelerator, config.speed.workers, minutes=config.run.timeout)
+    data = trainer.open_data(accelerator, config.data, recipe.images, seed=seed, known=run.data, workers=workers)
+    plan = trainer.BatchPlan(len(data.train), optim.batch_size, optim.micro_batch, accelerator.num_processes)
 
-    # Images are uint8 until they are on the device, where they are normalised.
-    for images in (train_images, val_images) if data.fast_decode else ():
-        images.shrink(2 * spec.resize)  # twice: a random crop enlarges a part
-    shape = {"size": spec.size, "resize": spec.resize, "interpolation": spec.interpolation}
-    augment = trainer.train_transform(data.augment, **shape)
-    train_set = trainer.KeyedDataset(train_images, train_images.labels, augment, seed=run.seed)
-    val_set = trainer.KeyedDataset(val_images, val_images.labels, trainer.eval_transform(**shape), seed=run.seed)
-    normalize = trainer.Normalize(spec.mean, spec.std).to(accelerator.device)
+    # 3. The model: pretrained features under a new head. One process downloads, then the others find the file.
+    classifier = trainer.main_first(accelerator, recipe.classifier, config, data.classes)
+    model, spec = classifier.model.to(device), classifier.input
+    train_set, val_set = trainer.transformed(data, recipe.transforms(config.data, spec), config.speed, spec, seed=seed)
+    normalize = spec.normalize(device)  # images as decoded, uint8 [B, 3, S, S] -> float
+    sample = normalize(val_set.some(8).to(device))
 
-    # Freeze, then cut: the trunk runs in eval mode, outside autograd; the tail is what is trained, saved and resumed.
-    freeze_plan = trainer.freeze(network, model.train, head=backbone.head)
-    sample = normalize(val_set.some(8).to(accelerator.device))
-    parts = trainer.split_model(network, sample[:1])
-    if model.compile_tail:
-        parts.tail.compile(dynamic=False)  # for each shape by itself: a resumed run must not come to another program
-    plan = trainer.BatchPlan(len(train_set), optim.batch_size, optim.micro_batch, accelerator.num_processes)
-    say(f"data    {data.data}: {len(train_set):,} training, {len(val_set):,} validation images, {len(classes)} classes")
-    if any(skipped):
-        say(f"        unreadable, left out: {sum(map(len, skipped))}")
-    say(f"model   {model.name} at {spec.size} px, {backbone.origin}")
-    say(f"train   {freeze_plan}", f"split   {parts}", f"batch   {plan}")
+    # 4. Freeze, then cut: the trunk runs in eval mode, without autograd; DDP and the optimizer see only the tail.
+    freeze_plan = trainer.freeze(model, config.model.train, head=classifier.head)
+    split = trainer.split_model(model, sample[:1])
+    if config.speed.compile_tail:
+        split.tail.compile(dynamic=False)  # for each shape by itself: a resumed run must come to the same program
 
-    # The trunk's output is a function of the image alone: what is not augmented goes through it once.
-    place = {"folder": Path(run.cache_dir or folder.path / "features"), "memory": run.cache_memory}
-    place |= {"lasting": run.cache_dir is not None, "batch": plan.micro_batch if run.exact else None}
-    features = trainer.Features(accelerator, parts.trunk, normalize, sample, **place, **loading)
-    train = features.stream(train_set, views=1 if data.augment == "none" else data.views)
-    val = features.stream(val_set, views=1)
-    say(*features.plan(val=val, train=train, epochs=optim.epochs, micro=plan.micro_batch, compile=model.compile))
-    model.compile = "on" if features.compiled else "off"  # a resumed run must not find otherwise
-    precision = {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
-    say(f"run     {folder.path}, on {accelerator.device.type} in {precision}")
-    trainer.agree(accelerator, data=train_images.digest, validation=val_images.digest)
+    # 5. The trunk's output depends on the image alone: without augmentation it is computed once, and kept.
+    features = trainer.Features(
+        accelerator,
+        split.trunk,
+        normalize,
+        sample,
+        {"val": val_set, "train": train_set},
+        config=config.speed,
+        epochs=optim.epochs,
+        plan=plan,
+        exact=config.run.exact,
+        folder=run.path / "features",
+        workers=workers,
+    )
+    say(f"data    {data}", f"model   {config.model.model} at {spec.size} px, {classifier.origin}")
+    say(f"train   {freeze_plan}", f"split   {split}", f"batch   {plan}", features.plan)
+    say(f"run     {run.path}, on {device.type} in {trainer.precision(accelerator)}")
 
-    settings = {"lr": optim.lr, "weight_decay": optim.weight_decay, "momentum": optim.momentum}
-    optimizer = trainer.build_optimizer(network, optim.optimizer, **settings, fused=accelerator.scaler is None)
+    about = {"config": to_dict(config), "recipe": recipe.sources(), "decided": {"compiled": features.compiled}}
+    about |= {"freeze_plan": freeze_plan.to_dict(), "base": classifier.base} | data.state()
     loop = trainer.Trainer(
         accelerator,
-        network,
-        parts.tail,
-        optimizer,
+        model,
+        split.tail,
+        recipe.optimizer(model, optim, fused=accelerator.scaler is None),
         plan=plan,
-        lr=partial(trainer.learning_rate, peak=optim.lr, schedule=optim.schedule, warmup=optim.warmup),
-        epochs=optim.epochs,
-        step=trainer.classification(label_smoothing=optim.label_smoothing),
-        clip_norm=optim.clip_norm,
-        seed=run.seed,
-        exact=run.exact,
-        about={
-            "freeze_plan": freeze_plan.to_dict(),
-            "classes": classes,
-            "data": {"training": train_images.digest(), "validation": val_images.digest(), "skipped": skipped},
-            "base": backbone.base,
-            "config": to_dict(config),
-        },
+        config=optim,
+        recipe=recipe,
+        seed=seed,
+        exact=config.run.exact,
+        about=about,
     )
-    if folder.source is not None:
-        loop.load(folder.source)
-        say(f"resume  {folder.source}: epoch {loop.epoch} of {optim.epochs} done, step {loop.step}")
-
-    def done() -> bool:
-        unbeaten = loop.epoch - loop.metrics.get("best", {}).get("epoch", loop.epoch)
-        return loop.epoch >= optim.epochs or (optim.patience is not None and unbeaten >= optim.patience)
-
-    if done():
+    if run.state is not None:
+        loop.load(run.state)
+        say(f"resume  {run.source}: epoch {loop.epoch} of {optim.epochs} done, step {loop.step}")
+    if loop.finished(patience=optim.patience):
         say("finished already: nothing to train. Give more --epochs or --patience, or a new --output.")
         return
-    kept = {"plan": freeze_plan, "report": backbone.report, "best": loop.metrics.get("best")}
-    begin = partial(folder.begin, to_dict(config), **kept)
-    loop.metrics |= {"best": trainer.from_main(accelerator, begin)}
 
-    logs = trainer.Logs(accelerator, folder.path, epochs=optim.epochs, step=loop.step)
-
-    def after_step(loop: trainer.Trainer) -> None:
-        logs.after_step(loop)
-        if guard.check() | (run.save_every is not None and loop.step % run.save_every == 0):
-            loop.save(folder.checkpoints, keep=run.keep)
-        if run.check_replicas is not None and loop.step % run.check_replicas == 0:
-            loop.check_replicas()
-        if run.check_frozen is not None and loop.step % run.check_frozen == 0:
-            loop.check_frozen()
-
-    with folder.outcome(loop, guard, name_of=train_images.name, keep=run.keep):
-        val, train = (features.keep(part, between=guard.check) for part in (val, train))
-        while not done():
+    # 6. Train. From here on the folder is this run's: locked, its state in status.json, saved however it ends.
+    reports = {"freeze_plan.json": freeze_plan.content(), "weights_report.json": classifier.report_content()}
+    training = trainer.training(run, loop, stop, config=config, reports=reports, name_of=data.train.name)
+    with training, trainer.Logs(loop, run.path) as logs, features:
+        val, train = features.open("val", between=stop.check), features.open("train", between=stop.check)
+        while not loop.finished(patience=optim.patience):
             logs.start_epoch(loop)
-            train_means = loop.train_epoch(train, after_step=after_step)
-            val_means = loop.evaluate(val, between=guard.check)
-            best = val_means["accuracy"] > loop.metrics["best"].get("accuracy", -1.0)
-            top = {**val_means, "epoch": loop.epoch + 1} if best else loop.metrics["best"]
-            loop.finish_epoch(train=train_means, val=val_means, best=top)
+            for step in loop.steps(train):
+                logs.after_step(loop)
+                if stop.check() | trainer.due(step, config.run.save_every):  # | and not or: check() is a collective
+                    loop.save(run.checkpoints, keep=config.run.keep)
+                loop.check(step, config.run)
+            best = loop.finish_epoch(loop.evaluate(val, between=stop.check))
             logs.end_epoch(loop, best=best)
             if best:
-                logs.show_predictions(loop, val, val_set, classes)
-            loop.save(folder.checkpoints, best=best, keep=run.keep)
+                logs.show_predictions(loop, val, val_set, data.classes, recipe.prediction)
+            loop.save(run.checkpoints, best=best, keep=config.run.keep)
         loop.check_frozen()
-    logs.close()
-    features.close()
-    if loop.epoch < optim.epochs:
-        say(f"stopped early: no better validation accuracy for {optim.patience} epochs")
-    say(f"done: best validation accuracy {loop.metrics['best']['accuracy']:.2%}; {folder.checkpoints / 'best.pt'}")
+    say(f"done: {loop}; {run.checkpoints / 'best.pt'}")
 
 
 if __name__ == "__main__":
     end_at_once()
-    config = parse(__doc__)  # before run_and_exit imports torch: --help answers at once
+    config = parse(__doc__)  # before `trainer.run_and_exit` imports torch: --help answers at once
     trainer.run_and_exit(main, config)

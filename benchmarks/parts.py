@@ -30,7 +30,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision import datasets, models, transforms
 
 import trainer
-from trainer.sampling import BatchLoader
+from trainer.config import OptimConfig, SpeedConfig
+from trainer.data.loader import BatchLoader
+from trainer.data.transforms import InputSpec
+from trainer.optim import build_optimizer
+from trainer.storage import checkpoint as stored
+from trainer.trunk.features import CachedFeatures
 
 
 def photo(rng: np.random.Generator, label: int, classes: int, width: int, height: int) -> Image.Image:
@@ -117,11 +122,12 @@ def separable(samples: int, features: int) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.randn(samples, features, generator=draw) + centres[labels], labels
 
 
-def our_trainer(accelerator: Accelerator, model: nn.Module, tail: nn.Module, optimizer, *, samples: int, **more):
+def our_trainer(accelerator: Accelerator, model: nn.Module, tail: nn.Module, *, samples: int, config: OptimConfig):
     """The template's Trainer, for 10 classes."""
     about = {"freeze_plan": {}, "classes": list("0123456789"), "base": {}, "config": {}}
     plan = trainer.BatchPlan(samples, 64, None, accelerator.num_processes)
-    return trainer.Trainer(accelerator, model, tail, optimizer, plan=plan, about=about, **more)
+    optimizer, recipe = build_optimizer(model, config, fused=accelerator.scaler is None), trainer.Recipe()
+    return trainer.Trainer(accelerator, model, tail, optimizer, plan=plan, config=config, recipe=recipe, about=about)
 
 
 def steps(args: argparse.Namespace) -> None:
@@ -133,16 +139,15 @@ def steps(args: argparse.Namespace) -> None:
     accelerator = trainer.start() if ours else Accelerator(cpu=not torch.cuda.is_available())
     device, held = accelerator.device, (inputs[args.images :], labels[args.images :])
     if ours:
-        kept = trainer.Kept((inputs[: args.images].to(device),), labels[: args.images].to(device))
-        optimizer = trainer.build_optimizer(
-            model.to(device), "sgd", lr=lr, weight_decay=0.0, momentum=MOMENTUM, fused=True
+        kept = CachedFeatures((inputs[: args.images].to(device),), labels[: args.images].to(device))
+        config = OptimConfig(
+            epochs=args.epochs, optimizer="sgd", lr=lr, warmup=0.0, weight_decay=0.0, momentum=MOMENTUM
         )
-        rate = partial(trainer.learning_rate, peak=lr)
-        loop = our_trainer(accelerator, model, model, optimizer, samples=args.images, lr=rate, epochs=args.epochs)
+        loop = our_trainer(accelerator, model.to(device), model, samples=args.images, config=config)
 
         def epoch() -> None:
-            loop.train_epoch(kept)
-            loop.finish_epoch()
+            deque(loop.steps(kept), maxlen=0)
+            loop.finish_epoch({"accuracy": 0.0})
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=MOMENTUM)
         loader = DataLoader(TensorDataset(inputs[: args.images], labels[: args.images]), 64, shuffle=True)
@@ -182,8 +187,8 @@ def decode(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     preset, resize = models.get_model_weights("resnet50").DEFAULT.transforms(), round(args.size * 256 / 224)
     ours, _ = trainer.load_data(args.data)
-    keyed = trainer.KeyedDataset(ours, ours.labels, trainer.eval_transform(size=args.size, resize=resize), seed=0)
-    normalize = trainer.Normalize(preset.mean, preset.std)
+    spec = InputSpec(args.size, resize, tuple(preset.mean), tuple(preset.std))
+    keyed, normalize = trainer.KeyedDataset(ours, ours.labels, spec.eval_transform(), seed=0), spec.normalize()
     requests = [[(0, index) for index in some.tolist()] for some in torch.arange(len(ours)).split(32)]
     chain = [transforms.Resize(resize), transforms.CenterCrop(args.size), transforms.ToTensor()]
     chain = transforms.Compose([*chain, transforms.Normalize(preset.mean, preset.std)])
@@ -213,10 +218,10 @@ def checkpoint(args: argparse.Namespace) -> None:
     folders = [args.output / str(number) for number in range(args.epochs)]
     if ours:
         tail = trainer.split_model(net, torch.zeros(1, 3, 64, 64, device=accelerator.device)).tail
-        optimizer = trainer.build_optimizer(net)
-        loop = our_trainer(accelerator, net, tail, optimizer, samples=640, lr=lambda progress: 1e-3, epochs=1)
-        loop.train_epoch(trainer.Kept((inputs,), labels))
-        save, load = loop.save, lambda folder: loop.load(next(folder.iterdir()))
+        config = OptimConfig(epochs=1, lr=1e-3, schedule="constant", warmup=0.0)
+        loop = our_trainer(accelerator, net, tail, samples=640, config=config)
+        deque(loop.steps(CachedFeatures((inputs,), labels)), maxlen=0)
+        save, load = loop.save, lambda folder: loop.load(stored.read(next(folder.iterdir())))
     else:
         net, optimizer = accelerator.prepare(net, torch.optim.AdamW(net.fc.parameters(), lr=1e-3))
         for some, label in zip(inputs.split(64), labels.split(64), strict=True):
@@ -258,19 +263,19 @@ def extract(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     accelerator = trainer.start()
     ours, _ = trainer.load_data(args.data)
-    backbone = trainer.build_model(args.model, len(ours.classes), weights=str(args.weights), image_size=args.size)
-    spec, workers = backbone.input, trainer.cores_per_process(accelerator)
-    normalize = trainer.Normalize(spec.mean, spec.std)
-    transform = trainer.eval_transform(size=spec.size, resize=spec.resize)
-    images = trainer.KeyedDataset(ours, ours.labels, transform, seed=0)
-    trainer.freeze(backbone.model, ["head"], head=backbone.head)
-    trunk = trainer.split_model(backbone.model, normalize(images[0, 0]["image"][None])).trunk
-    features = trainer.Features(accelerator, trunk, normalize, normalize(images.some(8)), workers=workers)
-    stream = features.stream(images, views=1)
-    features.plan(photos=stream, epochs=1, micro=32, compile="off")
+    classifier = trainer.build_model(args.model, len(ours.classes), weights=str(args.weights), image_size=args.size)
+    spec, workers = classifier.input, trainer.Workers.of(accelerator, None, minutes=0)
+    images, normalize = trainer.KeyedDataset(ours, ours.labels, spec.eval_transform(), seed=0), spec.normalize()
+    trainer.freeze(classifier.model, ["head"], head=classifier.head)
+    sample = normalize(images.some(8))
+    trunk = trainer.split_model(classifier.model, sample[:1]).trunk
+    plan, config = trainer.BatchPlan(len(images), 64, 32, accelerator.num_processes), SpeedConfig(compile="off")
+    features = trainer.Features(
+        accelerator, trunk, normalize, sample, {"photos": images}, config=config, plan=plan, workers=workers
+    )
     accelerator.wait_for_everyone()
     start = time.perf_counter()
-    kept = features.keep(stream)
+    kept = features.open("photos")
     accelerator.wait_for_everyone()
     taken = time.perf_counter() - start
     found, labels = kept.inputs[0], kept.labels

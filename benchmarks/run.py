@@ -202,9 +202,25 @@ def version_of(package: str) -> str:
         return f"{package} not installed"
 
 
+def without_folders(text: str) -> str:
+    """The text with the last name of each absolute path in its place: folders of one machine mean nothing on others."""
+    return re.sub(r"""(?<![^\s='"(])~?/(?:[^\s/'"]+/)*([^\s/'"]+)""", r"\1", text)
+
+
+def command_line(arguments: list[str]) -> str:
+    """The command that made a table, without where it kept its files."""
+    words, kept = iter(arguments), []
+    for word in words:
+        if word in ("--work", "--out"):
+            next(words, None)
+        elif not word.startswith(("--work=", "--out=")):
+            kept.append(word)
+    return shlex.join(["python", "benchmarks/run.py", *kept])
+
+
 def report(name: str, bench: "Bench", rows: list[Row], *, load: float) -> str:
     """The file that is kept."""
-    command = shlex.join(["python", "benchmarks/run.py", *sys.argv[1:]])
+    command = command_line(sys.argv[1:])
     git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     notes = [f"{datetime.date.today()}, commit {commit}, load {load:.1f} when it began", hardware()[1]]
@@ -217,7 +233,7 @@ def report(name: str, bench: "Bench", rows: list[Row], *, load: float) -> str:
     parts += ["\n".join(f"- {note}" for note in notes), table(rows, bench.unit)]
     parts += [f"FAILED: {what}" for what in failures(rows)]
     parts += ["\n".join(f"- **{peer}**: {' '.join(doc.split())}" for peer, doc in docs.items())] * bool(docs)
-    return "\n\n".join(parts) + "\n"
+    return without_folders("\n\n".join(parts)) + "\n"
 
 
 # ----------------------------------------------------------------------------------------------------------- cells
@@ -354,7 +370,7 @@ def warm(bench: Bench) -> list[Row]:
     A peer's second run is as its first, and its sweep takes 8 times that: one run is measured and multiplied.
     """
     sys.path.insert(0, str(ROOT))
-    from trainer.config import flags  # imports no torch
+    from trainer.config import flags
 
     disk, lr = bench.args.work / "cache", bench.args.lr
     use = [f"--cache-dir={disk}"] if "--cache-dir" in flags() else []

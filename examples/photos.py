@@ -1,8 +1,8 @@
 """Make a small folder of real photos to try `--data FOLDER` with: crops of two photos, a class for each.
 
-    pip install scikit-learn                             # only for its photos china.jpg and flower.jpg (CC BY 2.0)
-    python examples/photos.py /tmp/photos
-    python examples/photos.py /tmp/photos --photos beach.jpg forest.jpg                 # or two or more of your own
+    pip install -e ".[examples]"                         # for the two photos of scikit-learn (CC BY 2.0)
+    python examples/photos.py photos
+    python examples/photos.py photos --photos beach.jpg forest.jpg                 # or two or more of your own
 
 Writes OUT/{train,val}/{china,flower}/000.jpg ... Training crops come from the left three quarters of each photo,
 validation crops from the right quarter, so the two share no part of it.

@@ -1,14 +1,15 @@
 import pytest
 import torch
 
+from trainer.config import OptimConfig
 from trainer.errors import UsageError
-from trainer.freezing import freeze
+from trainer.model.freezing import freeze
 from trainer.optim import build_optimizer, learning_rate
 
 
 def test_only_what_trains_is_optimised_and_only_weights_decay(tiny):
     freeze(tiny, ["block", "fc"])
-    decayed, plain = build_optimizer(tiny, "adamw", lr=0.1, weight_decay=0.2).param_groups
+    decayed, plain = build_optimizer(tiny, OptimConfig(lr=0.1, weight_decay=0.2)).param_groups
     assert [id(p) for p in decayed["params"]] == [id(tiny.block[0].weight), id(tiny.fc.weight)]
     norm = tiny.block[1]
     assert [id(p) for p in plain["params"]] == [
@@ -19,9 +20,9 @@ def test_only_what_trains_is_optimised_and_only_weights_decay(tiny):
 
 def test_kinds(tiny):
     assert isinstance(build_optimizer(tiny), torch.optim.AdamW)
-    assert build_optimizer(tiny, "sgd", momentum=0.8).param_groups[0]["momentum"] == 0.8
+    assert build_optimizer(tiny, OptimConfig(optimizer="sgd", momentum=0.8)).param_groups[0]["momentum"] == 0.8
     with pytest.raises(UsageError, match="expected one of adamw, sgd"):
-        build_optimizer(tiny, "adam")
+        build_optimizer(tiny, OptimConfig(optimizer="adam"))
     with pytest.raises(UsageError, match="nothing to train"):
         build_optimizer(tiny.requires_grad_(False))
 

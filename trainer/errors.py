@@ -47,24 +47,29 @@ MENDABLE = (UsageError, DataError, CheckpointError, NumericalError)  # by the us
 
 
 def check_least(least: int, **given: int | None) -> None:
-    """Raise UsageError for a number that is given and less than that."""
+    """Raises UsageError for a number that is given and less than `least`."""
     for name, value in given.items():
         if value is not None and value < least:
             raise UsageError(f"{name} is {value}: expected at least {least}.")
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of the program that an error ends: its own, 74 (`EX_IOERR`) for OSError, or 1."""
+    """Returns the exit code of the program that an error ends: its own, 74 (`EX_IOERR`) for OSError, or 1."""
     return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)
 
 
 def first_sentence(error: Exception) -> str:
-    """What torch says of an error, without the advice that follows, such as to load a file with weights_only=False."""
+    """Returns torch's text of an error without its advice, such as to load a file with weights_only=False."""
     return re.split(r"\. |\n", str(error))[0].rstrip(".")
 
 
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether torch raised an error because a data worker died: its signal handler raises wherever the program is."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+
+
 def explained(error: Exception) -> Exception:
-    """What torch says of a data worker that died or hangs, as an OSError with what to do; other errors as they are."""
+    """Returns torch's error of a data worker that died or hangs as an OSError with advice; other errors as they are."""
     text = str(error).partition("\n")[0].strip()
     if isinstance(error, RuntimeError) and text.startswith("DataLoader "):
         return OSError(
@@ -76,3 +81,34 @@ def explained(error: Exception) -> Exception:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return OSError(error.errno, f"{error.strerror}: raise the limit of {most} (ulimit -n) or lower --workers")
     return error
+
+
+class Preempted(BaseException):
+    """The run was told to stop; it can be resumed (exit code 75, `EX_TEMPFAIL`).
+
+    Like KeyboardInterrupt it is no `Exception`: it may come up anywhere, and code that handles errors must not eat it.
+    """
+
+    exit_code = 75
+
+
+class Elsewhere(RuntimeError):
+    """Another process ended the run, or is lost; this process ends with the same exit code.
+
+    Attributes:
+        rank: of the other process.
+        kind: type of its exception, by name: "Preempted" if it was told to stop before it had anything to save; "Lost"
+            if it was killed or suspended.
+        exit_code: its exit code.
+        reason: text of its exception.
+    """
+
+    def __init__(self, rank: int, kind: str, exit_code: int, reason: str):
+        verb = "was" if kind == Preempted.__name__ else "failed:"
+        super().__init__(f"process {rank} {verb} {reason}")
+        self.rank, self.kind, self.exit_code, self.reason = rank, kind, exit_code, reason
+
+    @property
+    def orphans(self) -> bool:
+        """Whether the main process is lost, which speaks and writes for all others."""
+        return (self.rank, self.kind) == (0, "Lost")

@@ -3,14 +3,15 @@
 Only the main process shows anything. Logs look at a run; one that fails is reported once and changes nothing in it.
 """
 
+import json
 import logging
+import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -18,36 +19,42 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-from trainer import run
-from trainer.features import Source
+from trainer.data.loader import KeyedDataset
+from trainer.errors import is_lost_worker
 from trainer.metrics import means
-from trainer.sampling import KeyedDataset
+from trainer.storage import files
 from trainer.trainer import Trainer
+from trainer.trunk.features import Source
 
 log = logging.getLogger(__name__)
+
+Describe = Callable[..., tuple[str, dict[str, Any]]]  # see `recipe.prediction`
 
 
 class Logs:
     """The displays of one run.
 
     Args:
-        accelerator: its trackers are set up here.
+        loop: its position decides which entries of an interrupted run are dropped: the resumed run writes them again.
         folder: of the run.
-        epochs: of the run.
-        step: optimizer steps done before, 0 for a new run; what was logged after it is dropped.
         every: optimizer steps between two points of a curve in TensorBoard.
     """
 
-    def __init__(self, accelerator: Accelerator, folder: Path, *, epochs: int, step: int, every: int = 20):
-        self.accelerator, self.folder, self.epochs, self.every = accelerator, folder, epochs, every
+    def __init__(self, loop: Trainer, folder: Path, *, every: int = 20):
+        self.accelerator, self.folder, self.epochs, self.every = loop.accelerator, folder, loop.epochs, every
         self._bar: tqdm | None = None
-        self._broken = False
-        if accelerator.is_main_process:
-            self._quietly(run.rewind_metrics, folder, step=step)
-            # purge_step hides what a killed run logged after its last checkpoint: no point appears twice.
-            tracker = TensorBoardTracker("tensorboard", folder, purge_step=step + 1 if step else None)
-            accelerator.log_with = [tracker]
-            self._quietly(accelerator.init_trackers, "tensorboard")
+        self._broken: set[str] = set()  # kinds of errors that were reported
+        if self.accelerator.is_main_process:
+            self._quietly(rewind_metrics, folder, epoch=loop.epoch)
+            # purge_step hides the points that a killed run logged after its last checkpoint. An epoch that is trained
+            # and not finished is evaluated again, and has its points at the step of the checkpoint.
+            evaluate_again = loop.samples == (loop.epoch + 1) * loop.plan.samples
+            first = loop.step + (0 if evaluate_again else 1)
+            tracker = TensorBoardTracker("tensorboard", folder, purge_step=first if loop.step else None)
+            self.accelerator.log_with = [tracker]
+            self._quietly(self.accelerator.init_trackers, "tensorboard")
+            if self._broken:  # a tracker that did not start cannot log
+                self.accelerator.trackers = []
 
     def start_epoch(self, trainer: Trainer) -> None:
         """Begin the progress bar of the trainer's next epoch."""
@@ -98,28 +105,45 @@ class Logs:
         curves = {f"{part}/{name}": value for part in ("train", "val") for name, value in trainer.metrics[part].items()}
         self._track(trainer, curves | {"lr": trainer.rate, "images_per_second": rate})
         line = {"epoch": trainer.epoch, "step": trainer.step, "train": train, "val": val, "lr": trainer.rate}
-        self._quietly(run.append_metrics, self.folder, line | {"images_per_second": rate})
+        self._quietly(append_metrics, self.folder, line | {"images_per_second": rate})
 
-    def show_predictions(self, trainer: Trainer, source: Source, images: KeyedDataset, classes: Sequence[str]) -> None:
-        """A picture of some validation images with what the model says of them, in TensorBoard.
+    def show_predictions(
+        self, loop: Trainer, source: Source, images: KeyedDataset, classes: Sequence[str], describe: Describe
+    ) -> None:
+        """A picture of some validation images and their predictions, in TensorBoard.
 
         Args:
             source: features of the validation set.
             images: the same samples as images.
+            classes: names of the classes; empty if labels are no classes.
+            describe: `prediction` of the recipe: the output of one image → (text, values by name).
         """
-        if not self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process or images.images[0].shape[-3] != 3:
             return
+        self._quietly(self._add_predictions, loop, source, images, classes, describe)
+
+    def _add_predictions(
+        self, loop: Trainer, source: Source, images: KeyedDataset, classes: Sequence[str], describe: Describe
+    ) -> None:
         count = min(32, len(source))
         some = [place * len(source) // count for place in range(count)]
         pixels = torch.stack([images[0, index]["image"] for index in some])
-        labels = [images.labels[index] for index in some]
-        picture = prediction_grid(pixels, labels, trainer.logits(source, some).cpu(), classes)
-        tracker = self.accelerator.get_tracker("tensorboard")
-        self._quietly(lambda: tracker.tracker.add_image("val/predictions", picture, trainer.step))
+        captions = []
+        for index, output in zip(some, loop.outputs(source, some).cpu(), strict=True):
+            label, (text, _) = images.labels[index], describe(output, classes, top=1)
+            is_class = isinstance(label, int) and output.shape == (len(classes),)
+            captions.append((text, output.argmax().item() == label, classes[label]) if is_class else (text, True, ""))
+        tracker = self.accelerator.get_tracker("tensorboard")  # a blank one if it did not start
+        picture = prediction_grid(pixels, captions)
+        tracker.tracker.add_image("val/predictions", picture, loop.step)
 
-    def close(self) -> None:
-        """Write out what is buffered."""
-        self._quietly(self.accelerator.end_training)
+    def __enter__(self) -> "Logs":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Write what is buffered. Not by `end_training`: it ends the process group, and a last save may need it."""
+        for tracker in self.accelerator.trackers:
+            self._quietly(tracker.finish)
 
     def _track(self, trainer: Trainer, values: dict[str, float]) -> None:
         self._quietly(self.accelerator.log, values, step=trainer.step)
@@ -128,42 +152,57 @@ class Logs:
         try:
             function(*args, **kwargs)
         except Exception as error:  # a full disk, a folder or terminal that is gone, whatever a tracker raises
-            if not self._broken:
-                log.warning(
-                    "cannot write logs to %s, training goes on: %s: %s", self.folder, type(error).__name__, error
-                )
-            self._broken = True
+            if is_lost_worker(error):
+                raise
+            if (kind := type(error).__name__) not in self._broken:
+                log.warning("cannot write logs to %s, training goes on: %s: %s", self.folder, kind, error)
+            self._broken.add(kind)
 
 
-def prediction_grid(images: Tensor, labels: list[int], logits: Tensor, classes: Sequence[str]) -> Tensor:
-    """Images in a grid, each with the predicted class and its probability; wrong ones framed red, with the true class.
+def prediction_grid(images: Tensor, captions: Sequence[tuple[str, bool, str]]) -> Tensor:
+    """Images in a grid, each with its prediction below it; wrong ones framed red, with the truth.
 
     Args:
-        images: uint8 `[N, 3, S, S]`.
-        labels: true class of each.
-        logits: float `[N, C]`.
-        classes: their names.
+        images: uint8 `[N, 3, S, S]`, or `[N, V, 3, S, S]`, of which the first view is shown.
+        captions: for each image, the prediction, whether it is right, and the truth.
 
     Returns:
         uint8 `[3, H, W]`, eight images a row.
     """
-    side, caption = 128, 36  # pixels
+    side, space = 128, 36  # pixels
     font = ImageFont.load_default(size=12)
-    probabilities, predicted = logits.softmax(dim=1).max(dim=1)
     tiles = []
-    for image, label, guess, probability in zip(
-        images, labels, predicted.tolist(), probabilities.tolist(), strict=True
-    ):
-        right = guess == label
+    for image, (text, right, truth) in zip(images, captions, strict=True):
         colour = "#1a7f37" if right else "#cf222e"
-        tile = Image.new("RGB", (side, side + caption), "white")
-        tile.paste(F.to_pil_image(F.resize(image, [side - 6, side - 6])), (3, 3))
+        tile = Image.new("RGB", (side, side + space), "white")
+        tile.paste(F.to_pil_image(F.resize(image[0] if image.ndim == 4 else image, [side - 6, side - 6])), (3, 3))
         draw = ImageDraw.Draw(tile)
         draw.rectangle((0, 0, side - 1, side - 1), outline=colour, width=3)
-        draw.text((3, side + 2), f"{_short(classes[guess])} {probability:.0%}", colour, font)
-        draw.text((3, side + 18), "" if right else f"is {_short(classes[label])}", "black", font)
+        draw.text((3, side + 2), _short(text, 20), colour, font)
+        draw.text((3, side + 18), "" if right else f"is {_short(truth)}", "black", font)
         tiles.append(F.pil_to_tensor(tile))
     return make_grid(torch.stack(tiles), nrow=8, padding=4, pad_value=255)
+
+
+def append_metrics(folder: Path, values: dict[str, Any]) -> None:
+    """Add one line to `metrics.jsonl`."""
+    with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps(values) + "\n")
+
+
+def rewind_metrics(folder: Path, *, epoch: int) -> None:
+    """Drop the lines of epochs after `epoch`, which a resumed run writes again, and lines that are damaged."""
+    path = folder / "metrics.jsonl"
+    if path.exists():
+        lines = path.read_bytes().splitlines(keepends=True)
+        files.replace(path, b"".join(line for line in lines if _epoch(line) <= epoch))
+
+
+def _epoch(line: bytes) -> float:
+    try:
+        return float(json.loads(line)["epoch"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def _short(name: str, length: int = 16) -> str:

@@ -6,9 +6,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 _UNIT = 2.0**-24  # values are rounded to multiples of this: below the precision of a float32 of size 1
-
 _BATCHES = 64
-
 Sums = dict[str, float]  # of each metric over its samples, and their number under "samples"
 
 
@@ -20,7 +18,7 @@ class Totals:
 
     Args:
         device: of the vectors.
-        start: sums to go on from.
+        start: sums to continue from.
     """
 
     def __init__(self, device: torch.device, start: Sums | None = None):
@@ -30,8 +28,8 @@ class Totals:
         self._waiting: list[dict[str, Tensor]] = []
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add one batch: vectors of shape `[B]`, the same names each time."""
-        self._waiting.append({name: value.detach() for name, value in values.items()})
+        """Add one batch: vectors of shape `[B]`, the same names each time; "outputs" are no such vector and ignored."""
+        self._waiting.append({name: value.detach() for name, value in values.items() if name != "outputs"})
         if len(self._waiting) == _BATCHES:  # summed together: for a small head, the sums would be half of a step
             self._sum()
 

@@ -1,10 +1,13 @@
 """The optimizer's parameter groups, and the learning rate as a pure function of progress."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
+from trainer.config import OptimConfig
 from trainer.errors import UsageError
 
 OPTIMIZERS = ("adamw", "sgd")
@@ -12,40 +15,39 @@ SCHEDULES = ("cosine", "linear", "constant")
 
 
 def build_optimizer(
-    model: nn.Module,
-    kind: str = "adamw",
-    *,
-    lr: float = 1e-3,
-    weight_decay: float = 0.01,
-    momentum: float = 0.9,
-    fused: bool = False,
+    model: nn.Module, config: OptimConfig | None = None, *, fused: bool = False
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101) or SGD over the trainable parameters alone.
 
     Args:
         model: its parameters with `requires_grad` are optimised.
-        kind: "adamw" or "sgd" (with Nesterov-free momentum).
-        lr: peak learning rate; the trainer sets the rate of each step.
-        weight_decay: on matrices and kernels; biases and norms, which have one dimension, get none.
-        momentum: of SGD; AdamW uses torch's betas (0.9, 0.999).
+        config: `optimizer`, `lr` (the peak: the trainer sets the rate of each step), `weight_decay` (of matrices and
+            kernels; biases and norms, which have one dimension, get none) and `momentum` (of SGD, without Nesterov's).
+            AdamW uses torch's betas, 0.9 and 0.999. None: the defaults.
         fused: one kernel for a group. Not with a GradScaler: accelerate would miss the steps that it skips.
 
     Raises:
-        UsageError: unknown kind, or nothing to train.
+        UsageError: unknown optimizer, or nothing to train.
     """
+    config = config or OptimConfig()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise UsageError("nothing to train: no parameter of the model has requires_grad.")
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": weight_decay},
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    if kind == "adamw":
-        return torch.optim.AdamW(groups, lr=lr, fused=fused)
-    if kind == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=momentum, fused=fused)
-    raise UsageError(f"unknown optimizer {kind!r}; expected one of {', '.join(OPTIMIZERS)}.")
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+    raise UsageError(f"unknown optimizer {config.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}.")
+
+
+def schedule(config: OptimConfig) -> Callable[[float], float]:
+    """The learning rate of a run: progress, 0 to 1, → rate; see `learning_rate`."""
+    return partial(learning_rate, peak=config.lr, schedule=config.schedule, warmup=config.warmup)
 
 
 def learning_rate(progress: float, peak: float, *, schedule: str = "cosine", warmup: float = 0.0) -> float:

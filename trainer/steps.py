@@ -1,7 +1,8 @@
 """One batch in, one number per sample and metric out.
 
 A step is any function `(model, batch) -> {"loss": [B], "accuracy": [B], ...}`: the place for another loss or another
-metric. It gives a value per *sample*, not their mean, so that means over windows, epochs and processes are exact.
+metric. It returns one value per *sample*, not their mean, so that means over steps, epochs and processes are exact.
+"outputs", of any shape [B, ...], are what the model says of each sample: for metrics of the whole set, for predictions.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trainer.errors import UsageError
 
 # "inputs": a tuple of tensors [B, ...] for `model(*inputs)`; "label": int64 [B]; "index": int64 [B], in the dataset.
 Batch = dict[str, Tensor | tuple[Tensor, ...]]
@@ -23,28 +26,31 @@ def classification(*, label_smoothing: float = 0.0) -> Step:
             https://arxiv.org/abs/1512.00567).
 
     Returns:
-        A step: "loss" float32 `[B]`; "accuracy" bool `[B]`, which is counted, not averaged.
+        A step that returns "loss" float32 `[B]`; "accuracy" bool `[B]`, which is counted, not averaged; "outputs", the
+        logits float32 `[B, C]`.
     """
 
     def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         logits = model(*batch["inputs"]).float()  # [B, C]
         smoothing = label_smoothing if model.training else 0.0
         loss = F.cross_entropy(logits, batch["label"], reduction="none", label_smoothing=smoothing)  # [B]
-        return {"loss": loss, "accuracy": logits.argmax(dim=1) == batch["label"]}
+        return {"loss": loss, "accuracy": logits.argmax(dim=1) == batch["label"], "outputs": logits}
 
     return step
 
 
 def check_outputs(outputs: dict[str, Tensor], *, size: int) -> None:
-    """Refuse what a step must not return; `size` is the number of samples it was given.
+    """Check what a step returned for `size` samples.
 
     Raises:
-        TypeError, ValueError: says which entry is wrong, what was found and what is expected.
+        UsageError: names the wrong entry, what was found and what was expected.
     """
     if not isinstance(outputs, dict) or "loss" not in outputs:
         found = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
-        raise TypeError(f'a step returns a dict with "loss" and one tensor per metric; found {found}.')
+        raise UsageError(f'a step returns a dict with "loss" and one tensor per metric; found {found}.')
     for name, value in outputs.items():
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-        if shape != (size,):
-            raise ValueError(f"step output {name!r} is {shape}; expected one value per sample, shape ({size},).")
+        good = shape[:1] == (size,) if name == "outputs" else shape == (size,)
+        if not good:
+            expected = f"({size}, ...)" if name == "outputs" else f"({size},)"
+            raise UsageError(f"step output {name!r} is {shape}; expected one value per sample, shape {expected}.")

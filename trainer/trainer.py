@@ -1,66 +1,84 @@
 """`Trainer`: train an epoch, evaluate, save, load; and the promises that hold through all four.
 
 1. Frozen parts are never in train mode, never in autograd, never in a file.
-2. The gradient of a window is the mean over its samples, for any accumulation, any number of processes and a shorter
-   last window: losses are summed and divided by the number of samples in the window.
-3. Nothing random is carried from step to step; see `sampling`.
-4. Every sample is used once an epoch, and counted once in an evaluation.
+2. The gradient of a step is the mean over its samples, for any accumulation, any number of processes and a shorter last
+   step: losses are summed and divided by the number of samples.
+3. Nothing random is carried from step to step; see `data.sampling`.
+4. Every sample is used once in an epoch, and counted once in an evaluation.
 """
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from trainer import checkpoint
+from trainer import checks
+from trainer.config import OptimConfig, RunConfig
+from trainer.data.sampling import BatchPlan, Micro, random_key, seed_all
 from trainer.errors import CheckpointError, NumericalError, UsageError
-from trainer.evaluation import evaluate
-from trainer.features import Source
-from trainer.freezing import check_fingerprint, digest, fingerprint, trained_tensors
+from trainer.evaluation import Metrics, evaluate
 from trainer.metrics import Totals, means
-from trainer.processes import from_main
-from trainer.sampling import BatchPlan, Micro, random_key, seed_all
-from trainer.steps import Batch, Step, check_outputs, classification
+from trainer.model.freezing import check_fingerprint, fingerprint, trained_tensors
+from trainer.processes.together import on_main
+from trainer.reduction import rehearse, sum_in_order
+from trainer.steps import Batch, Step, check_outputs
+from trainer.storage import checkpoint
+from trainer.storage.optimizer_state import optimizer_state, positional_state
+from trainer.trunk.features import Source
 
-_MOST_SKIPS = 20  # in a row: a GradScaler that finds its scale needs fewer (65,536 = 2¹⁶)
+_MOST_SKIPS = 20  # in a row: a GradScaler that looks for its scale needs fewer (65,536 = 2¹⁶)
 
-AfterStep = Callable[["Trainer"], None]
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something is due that happens every so many steps; None: never."""
+    return every is not None and step % every == 0
+
+
+class TrainingRecipe(Protocol):
+    """The parts of a recipe that a Trainer uses."""
+
+    step: Callable[[OptimConfig], Step]
+    learning_rate: Callable[[OptimConfig], Callable[[float], float]]
+    metrics: Metrics | None
+    score: Callable[[dict[str, float]], float]
 
 
 class Trainer:
     """Trains the tail of a model.
 
+        for step in trainer.steps(train):                  # one optimizer step each, to the end of the epoch
+            ...
+        best = trainer.finish_epoch(trainer.evaluate(val))
+        trainer.save(folder, best=best)
+
     Args:
-        accelerator: as `processes.start` gives it; wraps the tail, the optimizer and, for fp16, a GradScaler.
-        model: the whole model, frozen and split; never wrapped, it names the parameters it shares with the tail.
-        tail: its trainable part; `tail(*inputs)` gives logits.
-        optimizer: over the model's trainable parameters.
-        plan: batch sizes; its progress is counted in global samples.
-        lr: progress, 0 to 1, → learning rate.
-        epochs: length of the run; what progress is a share of.
-        step: `(model, batch) → {"loss": [B], ...}`, see `steps`.
-        clip_norm: largest 2-norm of the gradient of a window; None clips nothing.
-        seed: of the sample order and of the randomness in a step.
-        exact: sum the gradients of micro-batches in one order on any number of processes (see `_reduce_in_order`).
-        about: entries that go into checkpoints as they are: "freeze_plan", "classes", "data", ...
+        accelerator: from `processes.startup.start`; wraps the tail, the optimizer and, for fp16, a GradScaler.
+        model: the whole model, frozen and split; never wrapped. It names the parameters, which it shares with the tail.
+        tail: its trainable part; `tail(*inputs)` returns logits.
+        optimizer: over the model's trainable parameters. Each group keeps the ratio of its learning rate to the highest
+            of all groups. A group may have a "schedule" of its own: progress, 0 to 1, → its learning rate.
+        plan: batch sizes; progress is counted in global samples.
+        config: `epochs` and `clip_norm`, and whatever the recipe takes from it.
+        recipe: its `step`, `learning_rate`, `metrics` and `score`; see trainer/recipe.py.
+        seed: of the sample order and of the randomness within a step.
+        exact: sum gradients in one order on any number of processes, see `reduction.sum_in_order`.
+        about: entries of checkpoints that the trainer only passes on: "freeze_plan", "classes", "data", ...
 
     Attributes:
-        epoch: finished epochs. step: optimizer steps. samples: training samples used, over all processes.
+        epoch, step, samples: finished epochs, optimizer steps, and training samples used over all processes.
         rate: learning rate of the last step.
-        totals: of this process in the epoch under way.
-        metrics: {"train": ..., "val": ..., "best": ...} as of the last finished epoch.
+        totals: sums of the metrics of this process in the current epoch.
+        metrics: {"train": {...}, "val": {...}, "best": {..., "epoch": n}} of the last finished epoch.
         saved: whether the last save succeeded.
 
     Raises:
-        UsageError: `exact`, and a BatchNorm that trains.
+        UsageError: `exact` with a BatchNorm that trains; or the optimizer's parameters are not those that train.
     """
 
     def __init__(
@@ -71,32 +89,36 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         *,
         plan: BatchPlan,
-        lr: Callable[[float], float],
-        epochs: int,
-        step: Step | None = None,
-        clip_norm: float | None = None,
+        config: OptimConfig,
+        recipe: TrainingRecipe,
         seed: int = 0,
         exact: bool = False,
         about: dict[str, Any],
     ):
         self.accelerator, self.model = accelerator, model
+        self.trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
+        checks.check_trainable(model, self.trainable, optimizer)
         # Only the tail: no frozen parameter is reduced, no frozen BatchNorm buffer broadcast.
         self.tail, self.optimizer = accelerator.prepare(tail, optimizer)
-        self.plan, self.lr, self.epochs, self.seed = plan, lr, epochs, seed
-        self.step_function, self.clip_norm, self.exact = step or classification(), clip_norm, exact
+        highest = max(group["lr"] for group in optimizer.param_groups)
+        self._ratios = [group["lr"] / highest for group in optimizer.param_groups]
+        self.plan, self.lr, self.epochs, self.seed = plan, recipe.learning_rate(config), config.epochs, seed
+        self.step_function, self.metrics_function, self.score = recipe.step(config), recipe.metrics, recipe.score
+        self.clip_norm, self.exact = config.clip_norm, exact
         self.about, self.fingerprint = {"data": {}, **about}, fingerprint(model)
-        self.trainable = {name: value for name, value in model.named_parameters() if value.requires_grad}
         self.epoch = self.step = self.samples = self.skipped_samples = 0
         self.rate = 0.0
         self.totals = Totals(accelerator.device)
         self.metrics: dict[str, dict[str, float]] = {}
         self.saved, self._saver = True, checkpoint.Saver()
-        self._outputs_checked = self._epoch_trained = self._settled = False
+        self._outputs_checked = self._epoch_trained = False
         self._skipped_in_a_row = 0
-        self._scaler_state: dict[str, Any] | None = None  # carried through a part of the run without a scaler
+        self._scaler_state: dict[str, Any] | None = None  # kept while a run continues without a scaler
         buffers = trained_tensors(model).keys() - self.trainable.keys()
         self._trunk_batch = plan.micro_batch
-        self._one_to_try = bool(buffers) and plan.smallest == 1
+        # What `reduction.rehearse` has still to do.
+        self.try_one_image = bool(buffers) and plan.smallest == 1
+        self.arrange_buckets = accelerator.num_processes > 1 and not exact
         if buffers and exact:
             raise UsageError(
                 "--exact: a BatchNorm that trains keeps statistics of the batches that its own process saw, here "
@@ -105,56 +127,90 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ training
 
-    def train_epoch(self, source: Source, *, after_step: AfterStep | None = None) -> dict[str, float]:
-        """Train on what is left of the epoch: every sample of `source` once an epoch, in the order of this epoch.
+    def steps(self, source: Source) -> Iterator[int]:
+        """Train on the rest of the epoch, one optimizer step at a time: each sample once, in the order of this epoch.
+
+        All processes take the same steps. The loop may be left after any step: the trainer can then be saved, and
+        another call continues where it stopped.
 
         Args:
             source: features of the training set.
-            after_step: called on every process after each optimizer step.
 
-        Returns:
-            The means over the whole epoch, over all processes: "loss" and the step's other metrics.
+        Yields:
+            The number of optimizer steps so far.
 
         Raises:
             NumericalError: a loss or gradient is not finite; nothing has been updated by it, on any process.
-            UsageError: a BatchNorm that trains cannot take the smallest micro-batch, of one image.
+            UsageError: a BatchNorm that trains cannot take the smallest micro-batch, of one image; or what trains was
+                changed since the trainer was built.
         """
         assert not self._epoch_trained, f"epoch {self.epoch + 1} is trained; finish_epoch() begins the next"
-        start = self.samples - self.epoch * self.plan.samples  # not 0 if a checkpoint was written in mid-epoch
+        checks.check_trainable(self.model, self.trainable, self.optimizer)
+        start = self.samples - self.epoch * self.plan.samples  # not 0 after a resume within the epoch
         windows = list(self.plan.windows(seed=self.seed, epoch=self.epoch, start=start))
         rank = self.accelerator.process_index
         shares = [self.plan.share(window, rank=rank, filler=not self.exact) for window in windows]
         batches = source.batches([micro.indices for share in shares for micro in share], epoch=self.epoch)
         self.tail.train()
-        if windows and self._one_to_try:
-            batches = self._try_one(batches)
-        if windows and self.accelerator.num_processes > 1 and not (self.exact or self._settled):
-            batches = self._settle(shares[0][0], batches)
+        if windows:
+            batches = rehearse(self, shares[0], batches)
         for window, share in zip(windows, shares, strict=True):
             self._update(window, share, batches)
-            if after_step is not None:
-                after_step(self)
+            self._epoch_trained = window is windows[-1]
+            yield self.step
         self._epoch_trained = True
-        return means(self.totals.over_processes(self.accelerator))
 
-    def finish_epoch(self, **metrics: dict[str, float]) -> None:
-        """Count the epoch as done, once it is trained and evaluated; `metrics` go into its checkpoint."""
-        self.epoch, self.metrics, self._epoch_trained = self.epoch + 1, metrics, False
+    def finish_epoch(self, val: dict[str, float]) -> bool:
+        """Count the epoch as done, once it is trained and evaluated (a collective).
+
+        Args:
+            val: metrics of the validation set, from `evaluate`.
+
+        Returns:
+            Whether this epoch is the best so far: the first with the highest score. NaN is never best.
+
+        Raises:
+            UsageError: `score` needs a metric that there is not.
+        """
+        train, best = means(self.totals.over_processes(self.accelerator)), self.metrics.get("best", {})
+        known = self._score(best) if best else -math.inf
+        is_best = self._score(val) > known
+        self.epoch, self._epoch_trained = self.epoch + 1, False
+        self.metrics = {"train": train, "val": val, "best": {**val, "epoch": self.epoch} if is_best else best}
         self.totals = Totals(self.accelerator.device)
+        return is_best
+
+    def finished(self, *, patience: int | None = None) -> bool:
+        """Whether all epochs are done, or the last `patience` epochs were no better than an earlier one."""
+        unbeaten = self.epoch - self.metrics.get("best", {}).get("epoch", self.epoch)
+        return self.epoch >= self.epochs or (patience is not None and unbeaten >= patience)
+
+    def __str__(self) -> str:
+        best = dict(self.metrics.get("best", {}))
+        epoch, early = int(best.pop("epoch", 0)), " (stopped early: no better one since)" * (self.epoch < self.epochs)
+        values = ", ".join(f"{name} {value:.4f}" for name, value in sorted(best.items()))
+        return f"best validation epoch {epoch}{early}: {values}" if best else "no epoch is the best yet"
+
+    def _score(self, val: dict[str, float]) -> float:
+        try:
+            return self.score({name: value for name, value in val.items() if name != "epoch"})
+        except KeyError as error:
+            known = ", ".join(sorted(val.keys() - {"epoch"}))
+            raise UsageError(
+                f"the score of an epoch needs the metric {error}, and the validation metrics are {known}. Let score() "
+                "of the recipe use one of these, or let step() or metrics() return the missing one."
+            ) from error
 
     def _update(self, window: list[int], share: list[Micro], batches: Iterator[Batch]) -> None:
         """One optimizer step: forward and backward of this process's micro-batches, reduction, update."""
-        self.rate = self._rate_of(self.samples - self.skipped_samples, len(window))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.rate
-
+        self.rate = self._set_rates(self.samples - self.skipped_samples, len(window))
         if self.exact:
-            self._reduce_in_order(window, share, batches)
+            sum_in_order(self, window, share, batches)
         else:
             for micro in share:
                 last = micro is share[-1]  # DDP reduces in this backward, and averages over processes
                 with nullcontext() if last else self.accelerator.no_sync(self.tail):
-                    self._backward(micro, next(batches), scale=self.plan.processes / len(window))
+                    self.backward(micro, next(batches), scale=self.plan.processes / len(window))
 
         # Reduced gradients are the same on every process, so is their norm, and so is this decision. With a scaler
         # an infinite norm is expected now and then: it skips the update and lowers its scale.
@@ -164,7 +220,7 @@ class Trainer:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
         if self.accelerator.scaler is None and not math.isfinite(norm):
             self._stop_on("the gradient is not finite", window)
-        # Around the wrapper where it has nothing to add: it inspects signatures, and looks for packages, at every step.
+        # Bypass the wrapper where it has nothing to add: it inspects signatures, and looks for packages, at every step.
         optimizer = self.optimizer.optimizer if self.accelerator.scaler is None else self.optimizer
         optimizer.step()
         optimizer.zero_grad()
@@ -177,11 +233,15 @@ class Trainer:
         if self._skipped_in_a_row == _MOST_SKIPS:
             self._stop_on(f"the GradScaler skipped {_MOST_SKIPS} steps in a row", window)
 
-    def _rate_of(self, done: int, size: int) -> float:
-        """The rate at the middle of a window: neither the first step of a warm-up nor the last of a decay is zero."""
-        return self.lr((done + size / 2) / (self.epochs * self.plan.samples))
+    def _set_rates(self, done: int, size: int) -> float:
+        """Set the rate of each group, at the middle of a step: neither the first nor the last of a run is zero."""
+        progress = (done + size / 2) / (self.epochs * self.plan.samples)
+        rate = self.lr(progress)
+        for group, ratio in zip(self.optimizer.param_groups, self._ratios, strict=True):
+            group["lr"] = group["schedule"](progress) if "schedule" in group else rate * ratio
+        return rate
 
-    def _backward(self, micro: Micro, batch: Batch, *, scale: float) -> None:
+    def backward(self, micro: Micro, batch: Batch, *, scale: float) -> None:
         """Forward and backward of one micro-batch; adds `scale` times the sum of its losses to the gradient."""
         seed_all(random_key(self.seed, "step", self.step, micro.number))
         outputs = self.step_function(self.tail, batch)
@@ -193,60 +253,8 @@ class Trainer:
         if micro.counts:
             self.totals.add(outputs)
 
-    def _settle(self, micro: Micro, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """A backward for nothing, so that DDP arranges its buckets now; gives the batches again.
-
-        After its first backward DDP puts the parameters into the order in which their gradients came. With their place
-        in a bucket changes the order in which more than two processes are summed: without this, the first step after a
-        resume would have other bits than the same step of a run that was not interrupted.
-        """
-        first = next(batches)
-        with _same_buffers(self.tail):
-            self._backward(micro._replace(counts=False), first, scale=0.0)
-        self.optimizer.zero_grad()
-        self._settled = True
-        return chain([first], batches)
-
-    def _try_one(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """Find out now, not at the end of the epoch, whether the tail can train on one image; gives the batches."""
-        first = next(batches)
-        try:
-            with torch.no_grad(), _same_buffers(self.tail):
-                self.accelerator.unwrap_model(self.tail)(*(tensor[:1] for tensor in first["inputs"]))
-        except ValueError as error:
-            raise UsageError(
-                f"a BatchNorm that trains cannot take the last micro-batch of an epoch, which has one image: {error} "
-                f"({self.plan}). Choose another --batch-size or --micro-batch, or leave BatchNorm frozen."
-            ) from error
-        self._one_to_try = False
-        return chain([first], batches)
-
-    def _reduce_in_order(self, window: list[int], share: list[Micro], batches: Iterator[Batch]) -> None:
-        """The gradient of a window as g₀ + g₁ + ..., of its micro-batches in their order, on any number of processes.
-
-        DDP adds what each process has accumulated: another order for another number of processes, and other bits.
-        """
-        ranks, micros = self.plan.processes, math.ceil(len(window) / self.plan.micro_batch)
-        parameters = list(self.trainable.values())
-        total = None
-        for first in range(0, micros, ranks):  # in each round, process r has the micro-batch number first + r
-            if first // ranks < len(share):
-                with self.accelerator.no_sync(self.tail):
-                    self._backward(share[first // ranks], next(batches), scale=1 / len(window))
-            gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            self.optimizer.zero_grad()
-            rows = [flat]
-            if ranks > 1:
-                rows = [torch.empty_like(flat) for _ in range(ranks)]
-                torch.distributed.all_gather(rows, flat)
-            for row in rows[: micros - first]:
-                total = row if total is None else total + row
-        for parameter, gradient in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
-            parameter.grad = gradient.view_as(parameter)
-
     def _stop_on(self, reason: str, window: list[int]) -> None:
-        """End the run, on every process: nothing has been updated by this window."""
+        """End the run, on every process: nothing has been updated by this step."""
         self.optimizer.zero_grad()
         raise NumericalError(
             f"{reason} in step {self.step + 1} (epoch {self.epoch + 1}), at learning rate {self.rate:.3g}; no weight "
@@ -255,45 +263,27 @@ class Trainer:
             samples=window,
         )
 
-    def check_replicas(self) -> None:
-        """Compare the trainable parameters of all processes, bit by bit (a collective).
+    # -------------------------------------------------------------------------------------------------- checks
 
-        Raises:
-            NumericalError: on every process; names the first parameter that differs and the processes that have it.
-        """
-        mine = {name: digest(parameter) for name, parameter in self.trainable.items()}
-        found = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
-        for name in mine:
-            other = [rank for rank, digests in enumerate(found) if digests[name] != found[0][name]]
-            if other:
-                raise NumericalError(
-                    f"after step {self.step} the replicas of {name} differ: processes {other} from process 0. Continue "
-                    "from the last checkpoint; if it happens again, suspect the hardware.",
-                    step=self.step,
-                )
+    def check(self, step: int, config: RunConfig) -> None:
+        """Check replicas and frozen tensors at the steps that `check_replicas` and `check_frozen` of `config` name."""
+        if due(step, config.check_replicas):
+            self.check_replicas()
+        if due(step, config.check_frozen):
+            self.check_frozen()
+
+    def check_replicas(self) -> None:
+        """Compare the trainable parameters of all processes, bit by bit (a collective); see `checks.check_replicas`."""
+        checks.check_replicas(self.accelerator, self.trainable, step=self.step)
 
     def check_frozen(self) -> None:
-        """Compare the frozen parameters and buffers, on all processes, with those at the start (a collective).
-
-        Raises:
-            NumericalError: on every process; names the first tensor that changed and the processes where it did.
-        """
-        now = fingerprint(self.model)
-        mine = [name for name, expected in self.fingerprint.items() if now.get(name) != expected]
-        found = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
-        for names in filter(None, found):
-            ranks = [rank for rank, others in enumerate(found) if names[0] in others]
-            raise NumericalError(
-                f"after step {self.step} the frozen {names[0]} is not what it was at the start (processes {ranks}; "
-                f"{len(names)} of {len(now)} frozen tensors changed). Something writes to it: look for code that sets "
-                "its values or takes its module out of eval mode. Checkpoints of this run hold only what trains.",
-                step=self.step,
-            )
+        """Compare the frozen tensors with those at the start (a collective); see `checks.check_frozen`."""
+        checks.check_frozen(self.accelerator, self.model, self.fingerprint, step=self.step)
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, source: Source, *, between: Callable[[], None] = lambda: None) -> dict[str, float]:
-        """The means of the step's values over every sample of `source`, each counted once, on every process.
+        """The metrics of a validation set, each sample counted once, on every process (a collective).
 
         Args:
             source: features of the validation set.
@@ -302,11 +292,19 @@ class Trainer:
         model = self.accelerator.unwrap_model(self.tail)  # the wrapper would wait for processes that have no batch left
         self._agree_on_buffers()
         self._trunk_batch = getattr(source, "batch", None) or self.plan.micro_batch
-        return evaluate(self.accelerator, model, source, plan=self.plan, step=self.step_function, between=between)
+        return evaluate(
+            self.accelerator,
+            model,
+            source,
+            plan=self.plan,
+            step=self.step_function,
+            metrics=self.metrics_function,
+            between=between,
+        )
 
     @torch.no_grad()
-    def logits(self, source: Source, indices: list[int]) -> Tensor:
-        """The logits `[len(indices), C]` of some samples, on this process alone."""
+    def outputs(self, source: Source, indices: list[int]) -> Tensor:
+        """The outputs `[len(indices), ...]` of the tail for some samples, on this process alone."""
         model = self.accelerator.unwrap_model(self.tail)
         model.eval()
         return torch.cat([model(*batch["inputs"]).float() for batch in source.batches([indices], epoch=0)])
@@ -324,9 +322,9 @@ class Trainer:
         """What a checkpoint holds; see `checkpoint.KEYS` (a collective)."""
         totals = self.totals.over_processes(self.accelerator)
         scaler = self.accelerator.scaler
-        return {
+        state = {
             "model": {name: tensor.detach().cpu().clone() for name, tensor in trained_tensors(self.model).items()},
-            "optimizer": checkpoint.optimizer_state(self.optimizer.optimizer, self.model),
+            "optimizer": optimizer_state(self.optimizer.optimizer, self.model),
             "scaler": self._scaler_state if scaler is None else scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
@@ -344,6 +342,7 @@ class Trainer:
             "fingerprint": self.fingerprint,
             **self.about,
         }
+        return checkpoint.State(**state)
 
     def save(self, folder: Path, *, best: bool = False, keep: int = 2, final: bool = False) -> Path | None:
         """Write a checkpoint of this moment, by the main process (a collective); see `checkpoint.Saver`.
@@ -361,33 +360,38 @@ class Trainer:
             OSError: it could not be written, the third time in a row; older checkpoints are untouched.
         """
         state = self.state()
-        save = partial(self._saver.save, folder, state, best=best, keep=keep, final=final)
-        path = from_main(self.accelerator, save)
+        path = on_main(self.accelerator, partial(self._saver.save, folder, state, best=best, keep=keep, final=final))
         self.saved = path is not None
         return path
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint: tail, optimizer, scaler, counters (a collective: the main process reads).
+    def load(self, state: checkpoint.State) -> None:
+        """Continue from a checkpoint: tail, optimizer, scaler, counters.
+
+        Args:
+            state: its content, from `checkpoint.read`; the same on every process.
 
         Raises:
             CheckpointError: damaged, or not of this model, these classes, this optimizer or these frozen weights; says
                 what was expected and what was found. The model is then unchanged.
         """
-        state = from_main(self.accelerator, lambda: checkpoint.read(path))
         if state["training_samples"] != self.plan.samples:
             raise CheckpointError(
-                f"{path} was trained on {state['training_samples']:,} images; this training set has "
+                f"the checkpoint was trained on {state['training_samples']:,} images; this training set has "
                 f"{self.plan.samples:,}. Continue with the data it was trained on."
             )
         for name in ("classes", "freeze_plan"):
             if state[name] != self.about[name]:
-                raise CheckpointError(f"{path} has other {name}: {state[name]}; this run has {self.about[name]}.")
+                raise CheckpointError(
+                    f"the checkpoint has other {name}: {state[name]}; this run has {self.about[name]}."
+                )
         check_fingerprint(self.fingerprint, state["fingerprint"])
-        if state["data"] != self.about["data"]:
-            raise CheckpointError(f"{path} has other data: {state['data']}; this run has {self.about['data']}.")
+        for part in ("training", "validation"):
+            was, now = state["data"].get(part), self.about["data"].get(part)
+            if was != now:
+                raise CheckpointError(f"the checkpoint has other data for {part}: {was}; this run has {now}.")
         live, optimizer = trained_tensors(self.model), self.optimizer.optimizer
         checkpoint.check_tensors(state["model"], live)
-        optimizer.load_state_dict(checkpoint.positional_state(state["optimizer"], optimizer, self.model))
+        optimizer.load_state_dict(positional_state(state["optimizer"], optimizer, self.model))
         with torch.no_grad():
             for name, tensor in live.items():
                 tensor.copy_(state["model"][name])
@@ -398,18 +402,7 @@ class Trainer:
         self.skipped_samples, self.metrics = state["skipped_samples"], state["metrics"]
         if self.samples:
             last = (self.samples - 1) % self.plan.samples % self.plan.batch_size + 1  # the window that ends here
-            self.rate = self._rate_of(self.samples - self.skipped_samples - last, last)
-        main = self.accelerator.is_main_process  # the sums of all, on any number of processes: one goes on from them
+            self.rate = self._set_rates(self.samples - self.skipped_samples - last, last)
+        main = self.accelerator.is_main_process  # the sums of all, on any number of processes: one continues from them
         self.totals = Totals(self.accelerator.device, start=state["totals"] if main else None)
         self._epoch_trained = False
-
-
-@contextmanager
-def _same_buffers(module: nn.Module) -> Iterator[None]:
-    """What is tried on a module does not count: a BatchNorm that trains has not seen it."""
-    before = {name: value.clone() for name, value in module.named_buffers()}
-    try:
-        yield
-    finally:
-        for name, value in module.named_buffers():
-            value.copy_(before[name])

@@ -1,0 +1,2 @@
+from .loaded import Loaded as Loaded
+from .loaded import load as load

@@ -1,0 +1,43 @@
+"""Images from a list of files: what a table or a script of your own names."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from trainer.data.images import Images, decode, printable
+
+
+class FileImages(Images):
+    """Image files with labels.
+
+    Args:
+        files: their paths.
+        labels: one per file, see `Images`.
+        classes: names of the classes; empty if labels are no classes.
+    """
+
+    def __init__(
+        self, files: Sequence[str | os.PathLike[str]], labels: list[int] | Tensor, classes: Sequence[str] = ()
+    ):
+        self.files, self.labels, self.classes = [os.fspath(file) for file in files], labels, tuple(classes)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return decode(self.files[index])
+
+    def path(self, index: int) -> str | None:
+        return self.files[index]
+
+    def name(self, index: int) -> str:
+        return printable(self.files[index])
+
+    def key(self, index: int) -> str:
+        return printable(os.path.basename(self.files[index]))
+
+    def stamp(self) -> str:
+        sha256 = hashlib.sha256(self.digest().encode())
+        for file in self.files:
+            status = os.stat(file)
+            sha256.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        return sha256.hexdigest()

@@ -1,0 +1,159 @@
+"""Random keys, the order of an epoch, and which process takes which images."""
+
+import hashlib
+import random
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from trainer.errors import UsageError
+
+# One request to a dataset: an image, and the epoch its augmentation is drawn for.
+Request = tuple[int, int]  # (epoch, index)
+
+
+def random_key(*parts: int | str) -> int:
+    """A 63-bit integer that depends on every part and on nothing else: the seed of whatever `parts` name."""
+    text = "\x1f".join(str(part) for part in parts)
+    (value,) = struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())
+    return value >> 1  # torch.manual_seed takes a signed 64-bit integer
+
+
+def seed_all(key: int, *, devices: bool = True) -> None:
+    """Seed `random`, `numpy.random`, torch's CPU generator and those of its devices.
+
+    Args:
+        key: see `random_key`.
+        devices: False: the CPU's alone, as in a data worker, which must not touch a GPU.
+    """
+    random.seed(key)
+    np.random.seed(key & 0xFFFFFFFF)
+    if devices and torch.accelerator.is_available():
+        torch.manual_seed(key)
+    else:  # the same, in a tenth of the time
+        torch.default_generator.manual_seed(key)
+
+
+@contextmanager
+def kept_randomness() -> Iterator[None]:
+    """Whatever is drawn inside, `random`, `numpy.random` and torch's CPU generator go on as if it had not been."""
+    outside = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(outside[0])
+        np.random.set_state(outside[1])
+        torch.set_rng_state(outside[2])
+
+
+def epoch_order(samples: int, *, seed: int, epoch: int) -> list[int]:
+    """A permutation of `range(samples)` for this epoch, the same on every process."""
+    generator = torch.Generator().manual_seed(random_key(seed, "order", epoch))
+    return torch.randperm(samples, generator=generator).tolist()
+
+
+class Micro(NamedTuple):
+    """One forward and backward on one process."""
+
+    number: int  # its place in the window, over all processes: the key of its dropout
+    indices: list[int]
+    counts: bool  # False for a filler: a process without work still has to take part in the reduction
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How `samples` images become optimizer updates on `processes` processes.
+
+    Args:
+        samples: images in the training set.
+        batch_size: images per optimizer update, over all processes.
+        micro_batch: images per forward on one process; None means `batch_size / processes`.
+        processes: number of processes.
+
+    Raises:
+        UsageError: the numbers do not divide, or there are fewer samples than processes; says which would.
+    """
+
+    samples: int
+    batch_size: int
+    micro_batch: int | None
+    processes: int
+
+    def __post_init__(self) -> None:
+        batch, ranks = self.batch_size, self.processes
+        if batch < 1 or (self.micro_batch is not None and self.micro_batch < 1):
+            raise UsageError(f"batch_size ({batch}) and micro_batch ({self.micro_batch}) must be at least 1.")
+        if self.micro_batch is None:
+            if batch % ranks:
+                near = sorted({max(batch // ranks, 1) * ranks, (batch // ranks + 1) * ranks})
+                raise UsageError(
+                    f"batch_size {batch} does not divide over {ranks} processes; {' or '.join(map(str, near))} would."
+                )
+            object.__setattr__(self, "micro_batch", batch // ranks)
+        if batch % (self.micro_batch * ranks):
+            fits = [m for m in range(1, batch // ranks + 1) if batch % (m * ranks) == 0]
+            advice = f"with batch_size {batch}, micro_batch can be {', '.join(map(str, fits))}" if fits else ""
+            unit = self.micro_batch * ranks
+            near = sorted({max(batch // unit, 1) * unit, (batch // unit + 1) * unit})
+            advice += f"{'; ' if advice else ''}with micro_batch {self.micro_batch}, batch_size can be "
+            raise UsageError(
+                f"batch_size {batch} is not micro_batch {self.micro_batch} × {ranks} processes × a whole number; "
+                f"{advice}{' or '.join(map(str, near))}."
+            )
+        if self.samples < ranks:
+            few = f"{self.samples} training image{'s are' if self.samples != 1 else ' is'} too few"
+            raise UsageError(f"{few} for {ranks} processes; use fewer processes.")
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per process and full window."""
+        return self.batch_size // (self.micro_batch * self.processes)
+
+    @property
+    def smallest(self) -> int:
+        """Images in the smallest micro-batch of an epoch."""
+        return self.samples % self.batch_size % self.micro_batch or min(self.micro_batch, self.samples)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Windows of an epoch; the last may be shorter, none is dropped."""
+        return -(-self.samples // self.batch_size)
+
+    def __str__(self) -> str:
+        last = self.samples % self.batch_size
+        return (
+            f"batch {self.batch_size} = micro-batch {self.micro_batch} × {self.processes} "
+            f"process{'es' if self.processes > 1 else ''} × accumulation {self.accumulation}; "
+            f"{self.samples:,} image{'s' * (self.samples != 1)} = "
+            f"{self.steps_per_epoch:,} step{'s' * (self.steps_per_epoch != 1)} an epoch"
+            + (f" (the last of {last} image{'s' * (last > 1)})" if last else "")
+        )
+
+    def windows(self, *, seed: int, epoch: int, start: int = 0) -> Iterator[list[int]]:
+        """The windows of an epoch from its `start`-th sample on: lists of at most `batch_size` indices."""
+        order = epoch_order(self.samples, seed=seed, epoch=epoch)
+        for first in range(start, self.samples, self.batch_size):
+            yield order[first : first + self.batch_size]
+
+    def share(self, window: list[int], *, rank: int, filler: bool = True) -> list[Micro]:
+        """The micro-batches of one process; with `filler` at least one, so that it can take part in the reduction.
+
+        A filler has two images: a BatchNorm that trains refuses one.
+        """
+        micros = [
+            Micro(number, window[first : first + self.micro_batch], True)
+            for number, first in enumerate(range(0, len(window), self.micro_batch))
+        ]
+        return micros[rank :: self.processes] or [Micro(len(micros), window[:2], False)] * filler
+
+    def eval_batches(self, samples: int, *, rank: int) -> list[list[int]]:
+        """The batches of `range(samples)` that this process evaluates: together, each sample exactly once."""
+        batches = [
+            list(range(first, min(first + self.micro_batch, samples))) for first in range(0, samples, self.micro_batch)
+        ]
+        return batches[rank :: self.processes]

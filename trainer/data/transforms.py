@@ -1,0 +1,170 @@
+"""From a decoded image to what the model takes: resize, crop, augment, normalise."""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import InterpolationMode, v2
+
+from trainer.data.sampling import kept_randomness, random_key, seed_all
+from trainer.errors import UsageError
+
+AUGMENTATIONS = ("none", "flip", "crop")
+
+# The longest image that is resized whole, as a multiple of its shorter side. Of a longer one the ends, which no centre
+# crop shows, are cut off first: a strip of 20,000 x 1 pixels would be resized to 5 million x 256.
+LONGEST = 100
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """What the images must look like before the model sees them.
+
+    Attributes:
+        size: side of the square crop, pixels.
+        resize: shorter side before the centre crop, pixels.
+        mean, std: one number per channel, of values in [0, 1]; their length is the number of channels.
+        interpolation: "bilinear" or "bicubic".
+        max_value: the value of a pixel that counts as 1: 255 for 8 bits, 65535 for 16, 4095 for 12, 1.0 for floats
+            from 0 to 1.
+    """
+
+    size: int
+    resize: int
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    interpolation: str = "bilinear"
+    max_value: float = 255.0
+
+    @classmethod
+    def square(cls, size: int, **values: Any) -> "InputSpec":
+        """For a module of your own: crops of `size` pixels, cut from images of 256/224 of it."""
+        return cls(size, round(size * 256 / 224), **values)
+
+    def train_transform(self, augment: str) -> Callable[[Tensor], Tensor]:
+        """See the function of this name."""
+        return train_transform(augment, size=self.size, resize=self.resize, interpolation=self.interpolation)
+
+    def eval_transform(self) -> Callable[[Tensor], Tensor]:
+        """See the function of this name."""
+        return eval_transform(size=self.size, resize=self.resize, interpolation=self.interpolation)
+
+    def normalize(self, device: torch.device | str | None = None) -> "Normalize":
+        """The normalisation, on a device."""
+        return Normalize(self.mean, self.std, max_value=self.max_value).to(device)
+
+
+def train_transform(
+    augment: str, *, size: int, resize: int, interpolation: str = "bilinear"
+) -> Callable[[Tensor], Tensor]:
+    """The transform of training images: `[..., C, H, W]` to `[..., C, size, size]`, of the same dtype.
+
+    All leading dimensions get the same random crop: the two images of a pair stay aligned.
+
+    Args:
+        augment: "none" for the evaluation transform; "flip" adds a horizontal flip of every second image; "crop" is a
+            random crop of 8 to 100 % of the area, sides 3:4 to 4:3, with such a flip (`resize` is not used).
+        size: side of the crop, pixels.
+        resize: shorter side before the centre crop, pixels.
+        interpolation: "bilinear" or "bicubic".
+
+    Raises:
+        UsageError: another `augment`.
+    """
+    plain = eval_transform(size=size, resize=resize, interpolation=interpolation)
+    if augment == "none":
+        return plain
+    if augment == "flip":
+        return v2.Compose([plain, v2.RandomHorizontalFlip()])
+    if augment == "crop":
+        crop = v2.RandomResizedCrop(size, interpolation=InterpolationMode(interpolation), antialias=True)
+        return v2.Compose([crop, v2.RandomHorizontalFlip()])
+    raise UsageError(f"augment is {augment!r}: expected one of {', '.join(AUGMENTATIONS)}")
+
+
+def eval_transform(*, size: int, resize: int, interpolation: str = "bilinear") -> Callable[[Tensor], Tensor]:
+    """Shorter side to `resize` pixels, then the central `size` x `size`: `[..., C, H, W]` to `[..., C, size, size]`.
+
+    The values are those of torchvision's presets on a Pillow image, or 1 of 255 beside them. (On a tensor the presets
+    resize in float, which takes eight times as long.) Of an image more than 100 times as long as wide only the central
+    part is resized.
+    """
+    shrink = v2.Resize(resize, interpolation=InterpolationMode(interpolation), antialias=True)
+    return v2.Compose([_Shorten(), shrink, v2.CenterCrop(size)])
+
+
+def is_random(transform: Callable[[Tensor], Tensor], *images: Tensor) -> bool:
+    """Whether a transform makes something else of the same image each time.
+
+    It is applied twice to each image, under two random keys. It is random if the results differ, or if it has drawn
+    from `random`, `numpy.random` or torch's CPU generator: a rare event, such as one flip in a thousand, counts too.
+
+    Args:
+        transform: of one image.
+        images: a few, `[..., C, H, W]`.
+    """
+    with kept_randomness():
+        for image in images:
+            results = []
+            for key in (random_key("is_random", 0), random_key("is_random", 1)):
+                seed_all(key, devices=False)
+                before = _generators()
+                results.append(transform(image.clone()))
+                if _generators() != before:
+                    return True
+            if not torch.equal(*results):
+                return True
+    return False
+
+
+class Normalize(nn.Module):
+    """Images to float32 on their device: (x / max_value - mean) / std per channel.
+
+    `[B, C, H, W]` (or any other leading dimensions) of any dtype, to the same shape. One multiply-add; its constants
+    are not in state dicts. The result is in channels_last format, and so is all that convolutions make of it, in the
+    trunk and in the tail.
+
+    Args:
+        mean, std: one number per channel, for pixels from 0 to 1.
+        max_value: the value of a pixel that counts as 1.
+    """
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], *, max_value: float = 255):
+        super().__init__()
+        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
+        self.register_buffer("scale", (1 / (max_value * std)).float(), persistent=False)
+        self.register_buffer("shift", (-mean / std).float(), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.ndim != 4:  # views, pairs, or one image
+            leading = images.shape[:-3]
+            return self(images.reshape(-1, *images.shape[-3:])).reshape(*leading, *images.shape[-3:])
+        width, channels = images.shape[3], images.shape[1]
+        rows = images.permute(0, 2, 3, 1).flatten(2)  # [B, H, W·C]: long rows, to be fast
+        scale, shift = (value.flatten().repeat(width) for value in (self.scale, self.shift))
+        rows = rows.to(torch.float32, copy=True)
+        torch.addcmul(shift, rows, scale, out=rows)  # in place: new memory takes longer than the arithmetic
+        return rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
+
+
+class _Shorten(nn.Module):
+    """The central part of an image that is more than `LONGEST` times as long as wide; any other as it is."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        height, width = image.shape[-2:]
+        longest = LONGEST * min(height, width)
+        for axis, length in ((-2, height), (-1, width)):
+            if length > longest:
+                kept = longest + (length - longest) % 2  # the centre stays the centre, to half a pixel
+                image = image.narrow(axis, (length - kept) // 2, kept)
+        return image
+
+
+def _generators() -> tuple[object, ...]:
+    """The state of the random generators that a transform may use, to be compared."""
+    name, words, *rest = np.random.get_state()
+    return random.getstate(), (name, words.tobytes(), *rest), torch.get_rng_state().numpy().tobytes()

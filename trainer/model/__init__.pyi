@@ -1,0 +1,13 @@
+from .classifiers import Classifier as Classifier
+from .classifiers import build_model as build_model
+from .classifiers import model_names as model_names
+from .freezing import FreezePlan as FreezePlan
+from .freezing import fingerprint as fingerprint
+from .freezing import freeze as freeze
+from .freezing import frozen_tensors as frozen_tensors
+from .freezing import trained_tensors as trained_tensors
+from .restoring import restore as restore
+from .split import Split as Split
+from .split import split_model as split_model
+from .weights import Report as Report
+from .weights import WeightsFilter as WeightsFilter

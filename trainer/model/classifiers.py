@@ -1,0 +1,299 @@
+"""Build any torchvision classifier, find and replace its head.
+
+    backbone = build_model("resnet50", 10)  # torchvision's recommended weights, a new head of 10 classes
+    backbone.head  # ("fc",)
+    backbone.input  # InputSpec(size=224, resize=232, ...): what its images must look like
+
+There is no table of heads: the head is the layer with as many outputs as the model has classes. A module of your own
+gets its new head in the same way: `build_model(MyNet(), 10, head="classifier")`.
+"""
+
+import difflib
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from torchvision import models
+
+from trainer.config import Config, WeightsConfig
+from trainer.data.transforms import InputSpec
+from trainer.errors import CheckpointError, DataError, UsageError
+from trainer.model.restoring import restore
+from trainer.model.weights import Report, WeightsFilter, fetch_weights, find_enum, load_backbone_state
+from trainer.storage import checkpoint
+
+__all__ = [
+    "Classifier",
+    "InputSpec",
+    "build_model",
+    "builder_arguments",
+    "input_spec",
+    "model_names",
+]
+_BUILT_CLASSES = 1000  # outputs of every torchvision model by default: the layer with so many outputs is the head
+_NAMED = {"torchvision": "weights", "file": "path", "url": "url"}  # source of a base → the key with its name
+_AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}  # second classifiers, halfway up
+
+
+@dataclass
+class Classifier:
+    """A classifier: pretrained (or random) features under a head for the run's classes.
+
+    Attributes:
+        model: images [B, 3, size, size] to logits [B, num_classes], in train mode and in eval mode.
+        head: names of the head's modules, for example ("fc",).
+        input: what the images must look like.
+        base: plain values with which the frozen weights are found again, one of
+            {"source": "torchvision", "weights": "ResNet18_Weights.IMAGENET1K_V1", "url": ..., "sha256": ...}
+            {"source": "file", "path": ..., "sha256": ...}
+            {"source": "url", "url": ..., "sha256": ...}
+            {"source": "random", "seed": ...}
+            {"source": "module"}: they came with the module that was passed in;
+            also "match": `WeightsFilter.to_dict()` if it is not the default, and "seed" of random values beside those
+            of a file.
+        report: what happened to the tensors of the file; None without a file.
+    """
+
+    model: nn.Module
+    head: tuple[str, ...]
+    input: InputSpec
+    base: dict[str, Any]
+    report: Report | None = None
+
+    def report_content(self) -> dict[str, Any] | None:
+        """What `weights_report.json` holds; None if no weights were loaded from a file."""
+        return None if self.report is None else self.report.to_dict()
+
+    @property
+    def origin(self) -> str:
+        """Where the frozen weights come from, as text."""
+        if self.base["source"] == "random":
+            return f"random weights from seed {self.base['seed']}: its frozen features are random, not learned"
+        named = _NAMED.get(self.base["source"])
+        return f"weights {self.base[named]}: {self.report}" if named else "weights as they came with the module"
+
+
+def model_names() -> list[str]:
+    """Names of torchvision's classification models, sorted. Only these are built by name."""
+    return models.list_models(module=models)
+
+
+def build_model(
+    model: str | nn.Module,
+    num_classes: int,
+    *,
+    weights: str | WeightsConfig = "default",
+    match: WeightsFilter | None = None,
+    head: str | None = None,
+    image_size: int | None = None,
+    input: InputSpec | None = None,
+    seed: int = 0,
+) -> Classifier:
+    """Build a classifier of `num_classes` classes on pretrained features.
+
+    The new head has torch's default initialisation in every family (torchvision's own differ: zeros in vit, narrow
+    normals in others). A module's head stays as it is if it has `num_classes` outputs already. The global random state
+    does not change. Under `torch.device("meta")` even the largest model takes next to no time or memory.
+
+    Args:
+        model: a name from `model_names()`, or a module that maps images [B, 3, H, W] to logits.
+        num_classes: outputs of the head.
+        weights: where the features come from, see `model.weights`, or the settings that say so. A module keeps its own.
+        match: which tensors of the weights are taken, and where they go; None: all, each to the place of its name. The
+            head of the weights is taken too if it has `num_classes` outputs.
+        head: name of the last layer, a Linear or an ungrouped Conv2d. Required for a module; known for a name.
+        image_size: side of the crop, pixels; None: the size the weights were evaluated at (224 for a module). The side
+            before the crop keeps its ratio to it. vit and maxvit accept no other size with pretrained weights.
+        input: what the images must look like, channels included; None: as the weights, or a timm model, say.
+        seed: of the head's values and of random features. They are the same on any device.
+
+    Returns:
+        The model in train mode, not frozen, on torch's default device; a module stays on its own.
+
+    Raises:
+        UsageError: an impossible argument.
+        DataError: the weights cannot be used.
+        CheckpointError: `weights` is a checkpoint whose model cannot be built again.
+    """
+    if num_classes < 1:
+        raise UsageError(f"num_classes is {num_classes}: a model needs at least 1 output")
+    if isinstance(weights, WeightsConfig):
+        match, weights = WeightsFilter.of(weights), weights.weights
+    match = match or WeightsFilter()
+    if match != WeightsFilter() and (isinstance(model, nn.Module) or weights.lower() == "none"):
+        raise UsageError("--weights-match and its like say how the tensors of a file are taken: give --weights a file")
+    if isinstance(model, nn.Module):
+        spec = input or _module_input(model, image_size)
+        return _adapt_module(model, num_classes, weights=weights, head=head, spec=spec, seed=seed)
+    if model not in model_names():
+        close = ", ".join(difflib.get_close_matches(str(model).lower(), model_names(), n=5, cutoff=0))
+        raise UsageError(f"there is no model {model!r} among torchvision's classifiers; closest: {close}")
+
+    spec = input or input_spec(model, weights, image_size)  # before the download: a wrong size should not cost one
+    source = fetch_weights(model, weights)
+    pretrained = source.path is not None
+    before = _trained_model(source.path) if source.path and checkpoint.is_checkpoint(source.path) else None
+    if before and image_size is None:
+        spec = before.input
+
+    device = torch.get_default_device()
+    # Random values that the file overwrites, or that a meta tensor cannot hold, are not drawn: it would take seconds.
+    unset = (pretrained and not match.to_dict()) or device.type == "meta"
+    with seeded(seed, "base"), init_empty_weights(include_buffers=False) if unset else nullcontext():
+        net = _construct(model, spec.size, getattr(before.model, "transform_input", True) if before else pretrained)
+    (found,) = (name for name, layer in net.named_modules() if _outputs(layer) == _BUILT_CLASSES)
+    if head not in (None, found):
+        raise UsageError(f"the head of {model} is {found!r}, not {head!r}")
+    with seeded(seed, "head"):
+        _replace(net, found, num_classes, torch.device("cpu"))
+    base, report = source.base, None
+    if pretrained:
+        state = before.model.state_dict() if before else None
+        auxiliary = _AUXILIARY.get(model, ())
+        report = load_backbone_state(net, source, heads=auxiliary, own_head=found, match=match, state=state)
+    if options := match.to_dict():
+        base = base | {"match": options}
+    if not report or options:
+        base = base | {"seed": seed}
+    return Classifier(net.to(device), (found,), spec, base, report)
+
+
+def _trained_model(path: Path) -> Classifier:
+    """The model of a checkpoint that training starts from. Its own start may be a checkpoint, and so on.
+
+    The chain ends: each checkpoint has the sha256 of the file that it started from, which no circle of files can have.
+    """
+    state = checkpoint.read(path)
+
+    def build(config: Config) -> Classifier:
+        size, seed = config.data.image_size, config.run.seed
+        return build_model(config.model.model, len(state.classes), weights=config.weights, image_size=size, seed=seed)
+
+    try:
+        return restore(state, build=None if state.base.get("source") == "module" else build)
+    except (CheckpointError, DataError, UsageError) as error:
+        raise CheckpointError(f"the model that {path} was trained on cannot be built again: {error}") from error
+
+
+def input_spec(model: str, weights: str, image_size: int | None = None) -> InputSpec:
+    """The input that torchvision's preset for the weights describes; for other weights, that for its recommended ones.
+
+    Takes the arguments of `build_model`; reads no file and downloads nothing.
+
+    Raises:
+        UsageError: impossible image size.
+    """
+    enum, default = find_enum(model, weights), find_enum(model, "default")
+    assert default is not None, model
+    preset = (enum or default).transforms()
+    native = preset.crop_size[0]
+    size = native if image_size is None else image_size
+    _check_size(size)
+    if enum and size != native and _has_built_in_size(model):
+        raise UsageError(f"image_size is {size}, but {enum} takes images of {native} pixels and no others")
+    resize = round(size * preset.resize_size[0] / native)
+    return InputSpec(size, resize, tuple(preset.mean), tuple(preset.std), preset.interpolation.value)
+
+
+def _check_size(size: int) -> None:
+    # No other limit: the `min_size` of torchvision's metadata is the size trained at for swin, and 33 too much for
+    # efficientnet_v2. What a convolution cannot take, it says when it is first run.
+    if size < 1:
+        raise UsageError(f"image_size is {size}: expected at least 1 pixel")
+
+
+def _has_built_in_size(model: str) -> bool:
+    return model.startswith(("vit_", "maxvit_"))
+
+
+def builder_arguments(model: str, size: int, *, pretrained: bool) -> dict[str, Any]:
+    """What `torchvision.models.get_model(model, ...)` takes besides the classes, to build what `build_model` builds."""
+    if model in _AUXILIARY:
+        # Without the second classifiers: in train mode they are run whatever `aux_logits` says, their BatchNorm moves,
+        # inception_v3's fails below 299 pixels, and over frozen features they would train nothing but themselves.
+        # The weights want inputs in [-1, 1], which the model sees to. init_weights: the default, but unset it warns.
+        return {"aux_logits": False, "transform_input": pretrained, "init_weights": True}
+    if _has_built_in_size(model):
+        return {"image_size": size} if model.startswith("vit_") else {"input_size": (size, size)}
+    return {}
+
+
+def _construct(model: str, size: int, pretrained: bool) -> nn.Module:
+    """The model as torchvision's own builder makes it before it loads pretrained weights, or without any."""
+    try:
+        return models.get_model(model, weights=None, **builder_arguments(model, size, pretrained=pretrained))
+    except (AssertionError, ValueError) as error:
+        if not _has_built_in_size(model):
+            raise
+        raise UsageError(f"{model} cannot be built for images of {size} pixels: {error}") from error
+
+
+def _module_input(model: nn.Module, image_size: int | None) -> InputSpec:
+    """What a module of the user's own takes: timm models say it, others get ImageNet's normalisation."""
+    about = getattr(model, "pretrained_cfg", None) or {}  # https://huggingface.co/docs/timm/reference/data
+    size = about.get("input_size", (3, 224, 224))[-1] if image_size is None else image_size
+    _check_size(size)
+    if not about:
+        return InputSpec.square(size)
+    values: dict[str, Any] = {name: tuple(about[name]) for name in ("mean", "std") if name in about}
+    interpolation = about.get("interpolation", "bilinear")
+    interpolation = interpolation if interpolation in ("bilinear", "bicubic") else "bilinear"
+    return InputSpec(size, round(size / about.get("crop_pct", 0.875)), **values, interpolation=interpolation)
+
+
+def _adapt_module(
+    model: nn.Module, num_classes: int, *, weights: str, head: str | None, spec: InputSpec, seed: int
+) -> Classifier:
+    if weights not in ("default", "none"):
+        raise UsageError(f"weights {weights!r}: a module is used as it is; load them into it first")
+    modules = dict(model.named_modules())
+    outputs = _outputs(modules.get(head or ""))
+    if not head or outputs is None:
+        found = type(modules[head]).__name__ if head in modules else "no module of that name"
+        names = ", ".join([name for name, layer in modules.items() if name and _outputs(layer)][-8:])
+        raise UsageError(
+            f"head {head!r} of {type(model).__name__}: expected a Linear or ungrouped Conv2d layer, found {found};"
+            f" candidates, the last ones: {names or 'none'}"
+        )
+    if outputs != num_classes:
+        with seeded(seed, "head"):
+            _replace(model, head, num_classes, next(modules[head].parameters()).device)
+    return Classifier(model, (head,), spec, {"source": "module"})
+
+
+@contextmanager
+def seeded(seed: int, purpose: str) -> Iterator[None]:
+    """Draw on the CPU, from a stream of its own for each `seed` and `purpose`; then put the global generator back.
+
+    Only the CPU's generator is seeded: `torch.manual_seed` would reseed every GPU's, and nothing would put those back.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
+        yield
+
+
+def _outputs(layer: nn.Module | None) -> int | None:
+    """Outputs of a layer that could be a head; None if it could not."""
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    return layer.out_channels if isinstance(layer, nn.Conv2d) and layer.groups == 1 else None
+
+
+def _replace(model: nn.Module, name: str, num_classes: int, device: torch.device) -> None:
+    """Put a new layer of `num_classes` outputs in the place of `name`: same kind, kernel, dtype and bias."""
+    old = model.get_submodule(name)
+    if isinstance(old, nn.Linear):
+        new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)
+    else:  # squeezenet classifies every position, then averages
+        assert isinstance(old, nn.Conv2d)
+        shape = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
+        new = nn.Conv2d(old.in_channels, num_classes, bias=old.bias is not None, **shape)
+    if getattr(model, "num_classes", None) == _outputs(old):  # kept by squeezenet, vit, swin and mnasnet
+        model.num_classes = num_classes  # pyright: ignore[reportArgumentType]
+    model.set_submodule(name, new.to(device, old.weight.dtype))

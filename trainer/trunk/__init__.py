@@ -1,0 +1,5 @@
+"""The frozen trunk: run it fast, and keep its features."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
