@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {
     "train.py, all lines": 105,
     "README.md, all lines": 200,
-    "trainer/ without commands/, lines of code": 5_500,
-    "trainer/commands/, lines of code": 1_050,
+    "trainer/ without commands/, lines of code": 7_500,
+    "trainer/commands/, lines of code": 1_150,
     "flags of train.py": 51,
     "public names": 40,
 }

@@ -118,4 +118,11 @@ def test_commands_of_the_package_can_be_parsed():
     found = [
         command[command.index("trainer") + 1 :] for command in commands(README) if "-m trainer" in " ".join(command)
     ]
-    assert {type(parse(words)).__name__ for words in found} == {"Inspect", "Verify", "Evaluate", "Predict", "Export"}
+    assert {type(parse(words)).__name__ for words in found} == {
+        "Inspect",
+        "Verify",
+        "Evaluate",
+        "Predict",
+        "Export",
+        "Report",
+    }

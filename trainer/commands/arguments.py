@@ -107,3 +107,17 @@ class Export:
     """Python file of the run's recipe, if it was trained with --recipe."""
     weights: str | None = None
     """Where the frozen weights are, if not where they were in training."""
+
+
+@dataclass
+class Report:
+    """Write a page about a run: results, confusions, mistakes with heat maps, calibration; or compare several runs."""
+
+    runs: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN ...", help_behavior_hint="")]
+    """Runs (their best checkpoints) or checkpoints; with several, one page compares them."""
+    output: str | None = None
+    """File to write; None: report.html in the first run."""
+    recipe: str | None = None
+    """Python file of the run's recipe, if it was trained with --recipe."""
+    weights: str | None = None
+    """Where the frozen weights are, if not where they were in training."""

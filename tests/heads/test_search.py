@@ -1,0 +1,130 @@
+"""One choice, the same each time, on any number of processes."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import DataError, UsageError
+from trainer.heads.grid import Course, HeadSetting
+from trainer.heads.search import choose, grid_for, pooled, search_head
+
+SAMPLES = 60
+
+
+def windows(epoch: int) -> list[list[int]]:
+    order = torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(epoch)).tolist()
+    return [order[first : first + 16] for first in range(0, SAMPLES, 16)]
+
+
+COURSE = Course(windows, lambda progress: 1 - progress)
+
+
+def data(*shape: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.arange(SAMPLES) % 3
+    features = torch.randn(SAMPLES, *shape, generator=generator)
+    features[torch.arange(SAMPLES), labels] += 4
+    return features, labels
+
+
+def tail(size: int) -> nn.Linear:
+    linear = nn.Linear(size, 3)
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def test_it_finds_a_head_and_can_be_written_and_read():
+    x, labels = data(5)
+    found = search_head(x, labels, tail(5), COURSE, classes=3, epochs=(4,))
+    assert found.accuracy > 0.9
+    assert found.ridge > 0.9
+    assert found.knn > 0.9
+    assert found.worst <= found.median <= found.best <= found.accuracy + found.error
+    assert len(found.table) == 136
+    assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
+    assert str(found).startswith(f"lr {found.setting.lr:.3g}, weight decay")
+    assert "\n" not in str(found)
+    assert search_head(x, labels, tail(5), COURSE, classes=3, epochs=(4,)) == found
+
+
+def test_processes_share_the_settings():
+    x, labels = data(5)
+    run = partial(search_head, x, labels, tail(5), COURSE, classes=3, epochs=(2,))
+    parts: list[list[dict]] = []
+
+    def note(rows: list[dict]) -> list[list[dict]]:
+        parts.append(rows)
+        return [rows]
+
+    for rank in range(3):
+        run(rank=rank, ranks=3, merge=note)
+    assert [len(part) for part in parts] == [46, 45, 45]
+    whole = run()
+    for rank in range(3):
+        found = run(rank=rank, ranks=3, merge=lambda rows: parts)
+        assert found.setting == whole.setting
+        assert [row["accuracy"] for row in found.table] == [row["accuracy"] for row in whole.table]
+
+
+def test_within_one_standard_error_the_nll_decides():
+    table = [
+        {"accuracy": 0.80, "nll": 0.9},
+        {"accuracy": 0.77, "nll": 0.6},
+        {"accuracy": 0.75, "nll": 0.5},  # more than 0.04 below the best
+        {"accuracy": 0.99, "nll": None},  # diverged
+    ]
+    assert choose(table, samples=100) == (1, pytest.approx(0.04))
+    assert choose(table, samples=10_000)[0] == 0
+    with pytest.raises(DataError, match="all 1 heads"):
+        choose(table[3:], samples=100)
+
+
+def test_a_setting_that_diverges_harms_no_other():
+    x, labels = data(5)
+    good = HeadSetting(0.1, epochs=3)
+    bad = HeadSetting(1e30, 1e30, epochs=3)
+    course = Course(windows, lambda progress: 1.0, optimizer="sgd")
+    run = partial(search_head, x, labels, tail(5), course, classes=3)
+    found, alone = run(settings=[bad, good]), run(settings=[good])
+    assert found.setting == good
+    assert found.diverged == 1
+    assert found.table[0]["nll"] is None
+    assert found.accuracy == alone.accuracy
+
+
+def test_tails_on_maps_get_a_smaller_grid():
+    x, labels = data(4, 3, 3)
+    maps = nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    found = search_head(x, labels, maps, COURSE, classes=3, epochs=(3, 5))
+    assert len(found.table) == 2 * 2 * 8
+    assert {row["epochs"] for row in found.table} == {3, 5}
+    assert {s.weight_decay for s in grid_for((x,), maps, COURSE)} == {1e-3}
+    assert len(grid_for((x, x), maps, COURSE)) == 8
+    scaled = search_head(x, labels, maps, COURSE, classes=3, epochs=(3,), standardised=(True,))
+    assert [row["standardised"] for row in scaled.table] == [True] * 8
+    assert pooled((x, x.flatten(1)), 20).shape == (20, 4 + 36)
+
+
+def test_without_dropout_a_tail_is_searched_as_one_that_has_none():
+    x, labels = data(5)
+    layer = tail(5)
+    dropping = nn.Sequential(nn.Dropout(0.9), layer)
+    run = partial(search_head, x, labels, course=COURSE, classes=3, epochs=(3,))
+    bare = run(layer).table
+    assert run(dropping, dropout=False).table == bare
+    assert run(dropping).table != bare
+    assert dropping[0].p == 0.9
+
+
+def test_what_cannot_be_searched():
+    x, labels = data(5)
+    with pytest.raises(UsageError, match="folds is 1"):
+        search_head(x, labels, tail(5), COURSE, classes=3, folds=1)
+    with pytest.raises(UsageError, match="no settings"):
+        search_head(x, labels, tail(5), COURSE, classes=3, settings=[])
+    with pytest.raises(DataError, match="not finite"):
+        search_head(x * torch.nan, labels, tail(5), COURSE, classes=3)

@@ -1,0 +1,260 @@
+"""Many heads trained together on kept features, and what each is worth on samples it has not seen.
+
+All heads read the same batches. A head of a fold does not count the samples of its fold in its loss: its window is the
+run's own window without them, its loss the mean over the rest. So it makes as many steps, at the same rates, as the run
+will, with slightly smaller windows. Of a window that lies in its fold as a whole it makes no step.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainer.heads.optimizer import Optimizer
+from trainer.heads.stack import Inputs, Stack, bytes_of, stack
+from trainer.heads.standardise import Scaling
+
+_ROWS = 256  # samples at a time in an evaluation
+_Held = tuple[Inputs, Tensor, Tensor, slice]  # features, labels, the rows of both that count, the heads they are for
+
+
+@dataclass(frozen=True)
+class HeadSetting:
+    """How one head is trained.
+
+    lr: peak rate. weight_decay: of weights, not of biases. label_smoothing: 0 to 1, in training only.
+    epochs: length of its run, over which the schedule stretches.
+    standardised: on features of mean 0 and scale 1 (`standardise.Scaling`).
+    """
+
+    lr: float
+    weight_decay: float = 0.01
+    label_smoothing: float = 0.0
+    epochs: int = 10
+    standardised: bool = False
+
+
+@dataclass(frozen=True)
+class Course:
+    """What all heads share with the run.
+
+    windows: epoch → the samples of each step, in order: `BatchPlan.windows`.
+    factor: progress, 0 to 1, → share of the peak rate: `optim.learning_rate` with a peak of 1.
+    key: step → seed of its dropout.
+    optimizer: "adamw" or "sgd". momentum: of SGD. clip_norm: largest 2-norm of a gradient; None: no clipping.
+    """
+
+    windows: Callable[[int], Iterable[Sequence[int]]]
+    factor: Callable[[float], float]
+    key: Callable[[int], int] = int
+    optimizer: str = "adamw"
+    momentum: float = 0.9
+    clip_norm: float | None = None
+
+
+@dataclass
+class Curve:
+    """One setting, over its epochs, on samples that its heads have not seen.
+
+    Attributes:
+        setting: of the heads.
+        count: samples in each fold, `[K]`; one fold if there is a validation set instead.
+        right: of them, by epoch (counted from 1): `[K]`. nll: their sum of negative log-likelihoods, by epoch: `[K]`.
+        tensors: the trained tensors `[K, ...]`, by name; of standardised features if it is so set.
+    """
+
+    setting: HeadSetting
+    count: list[int]
+    right: dict[int, list[int]] = field(default_factory=dict)
+    nll: dict[int, list[float]] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def accuracy(self, epoch: int | None = None) -> float:
+        """Each held-out sample counted once; after the last epoch, or the one that is named."""
+        return sum(self.right[epoch or self.setting.epochs]) / sum(self.count)
+
+    def loss(self, epoch: int | None = None) -> float:
+        """The mean NLL, in nats."""
+        return sum(self.nll[epoch or self.setting.epochs]) / sum(self.count)
+
+
+def train_heads(
+    inputs: Tensor | Inputs,
+    labels: Tensor,
+    settings: Sequence[HeadSetting],
+    *,
+    tail: nn.Module,
+    course: Course,
+    folds: Tensor | None = None,
+    val: tuple[Tensor | Inputs, Tensor] | None = None,
+    every: int | None = 1,
+    memory: float = 1.0,
+) -> list[Curve]:
+    """Train every setting from the tail's own weights; the tail is not changed.
+
+    Args:
+        inputs: features `[views · N, ...]`, or several for a tail that reads several; row `view · N + index`. Epoch e
+            reads the view e modulo their number.
+        labels: int64 `[N]`, on the features' device.
+        settings: of the heads.
+        tail: features → logits `[B, C]`; a linear layer (with dropout) is fastest, see `stack`.
+        course: what they share with the run.
+        folds: int64 `[N]`, the fold of each sample, 0 to K − 1: K heads a setting, each evaluated on its fold, in the
+            first view. None: one head a setting, trained on all samples.
+        val: features and labels to evaluate on if there are no folds.
+        every: epochs between evaluations; the last is evaluated in any case. None: that one alone.
+        memory: GiB that heads which are trained together may take.
+
+    Returns:
+        One curve for each setting, in their order.
+    """
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+    if val is not None:
+        val = ((val[0],) if isinstance(val[0], Tensor) else val[0], val[1])
+    count = 1 if folds is None else int(folds.max()) + 1
+    curves: dict[int, Curve] = {}
+    scalings = [Scaling.of(tensor) for tensor in inputs] if any(s.standardised for s in settings) else []
+    sample = tuple(tensor[: max(len(window) for window in course.windows(0))] for tensor in inputs)
+    most = max(int(memory * 2**30 / (bytes_of(tail, sample) * count)), 1)
+    devices = [labels.device] if labels.device.type == "cuda" else []
+    for standardised, epochs in sorted({(s.standardised, s.epochs) for s in settings}):
+        places = [i for i, s in enumerate(settings) if (s.standardised, s.epochs) == (standardised, epochs)]
+        read, held = inputs, val
+        if standardised:
+            read = tuple(scale(tensor) for scale, tensor in zip(scalings, inputs, strict=True))
+            if val is not None:
+                held = tuple(scale(tensor) for scale, tensor in zip(scalings, val[0], strict=True)), val[1]
+        for first in range(0, len(places), most):
+            group = places[first : first + most]
+            with torch.random.fork_rng(devices), torch.no_grad():
+                found = _train(read, labels, [settings[i] for i in group], tail, course, folds, held, every)
+            curves |= zip(group, found, strict=True)
+    return [curves[place] for place in range(len(settings))]
+
+
+def fold_of(labels: Tensor, folds: int, *, seed: int) -> Tensor:
+    """The fold of each sample, int64 `[N]`: each class is dealt to all folds in turn, in an order from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator)
+    order = order[labels.cpu()[order].argsort(stable=True)]  # by class
+    found = torch.empty_like(order)
+    found[order] = torch.arange(len(order)) % min(folds, len(order))
+    return found.to(labels.device)
+
+
+def default_settings(
+    inputs: Tensor,
+    *,
+    optimizer: str = "adamw",
+    epochs: Sequence[int] = (10,),
+    lrs: int = 12,
+    weight_decays: int = 6,
+    label_smoothing: float = 0.0,
+    standardised: Sequence[bool] = (False, True),
+) -> list[HeadSetting]:
+    """A log-spaced grid around what suits the scale of the features `[N, D, ...]`.
+
+    AdamW's step does not depend on the scale of the gradient: rates from 1e-4 to 1, decays from 1e-3 to 10. The step of
+    SGD and its decay do: rates are shares, from 1e-3 to 10, of one over the mean squared norm, decays, from 1e-6 to
+    1e-2, shares of that norm. Pairs whose product is 1 or more are omitted: a step would turn weights round.
+    """
+    found = []
+    for flag in standardised:
+        squares = float(inputs.shape[1] if flag else inputs.double().square().mean() * inputs.shape[1]) or 1.0
+        rates, decays = torch.logspace(-4, 0, lrs), torch.logspace(-3, 1, weight_decays)
+        if optimizer == "sgd":
+            rates, decays = torch.logspace(-3, 1, lrs) / squares, torch.logspace(-6, -2, weight_decays) * squares
+        rounded = [[float(f"{value:.3g}") for value in values.tolist()] for values in (rates, decays)]
+        pairs = [(lr, decay) for lr, decay in product(*rounded) if lr * decay < 1]
+        found += [HeadSetting(*pair, label_smoothing, length, flag) for length in epochs for pair in pairs]
+    return found
+
+
+def _train(
+    inputs: Inputs,
+    labels: Tensor,
+    settings: Sequence[HeadSetting],
+    tail: nn.Module,
+    course: Course,
+    folds: Tensor | None,
+    val: tuple[Inputs, Tensor] | None,
+    every: int | None,
+) -> list[Curve]:
+    """Heads of one length, on the same features. Head `s · K + k` has setting s, and leaves out fold k."""
+    samples, device, epochs = len(labels), labels.device, settings[0].epochs
+    views = len(inputs[0]) // samples
+    counts = torch.ones(samples, 1, device=device)  # [N, K], 1 where the sample counts
+    if folds is not None:
+        counts = 1 - F.one_hot(folds).float()
+    number = counts.shape[1]
+    heads = stack(tail, len(settings) * number, tuple(tensor[:1] for tensor in inputs))
+
+    def each(name: str) -> Tensor:  # [H]
+        values = torch.tensor([getattr(setting, name) for setting in settings], dtype=torch.float64)
+        return values.repeat_interleave(number)
+
+    options = {"momentum": course.momentum, "clip_norm": course.clip_norm}
+    optimizer = Optimizer(heads.tensors, course.optimizer, lr=each("lr"), weight_decay=each("weight_decay"), **options)
+    smoothing = each("label_smoothing").float().to(device)[:, None]  # [H, 1]
+    first, every_fold = tuple(tensor[:samples] for tensor in inputs), [] if folds is None else folds.tolist()
+    held: list[_Held] = []
+    if folds is not None:
+        rows = [(folds == fold).nonzero()[:, 0] for fold in range(number)]
+        held = [(first, labels, row, slice(fold, None, number)) for fold, row in enumerate(rows)]
+    elif val is not None:
+        held = [(*val, torch.arange(len(val[1]), device=device), slice(None))]
+    curves = [Curve(setting, [len(rows) for _, _, rows, _ in held]) for setting in settings]
+    done = step = 0
+    for epoch in range(epochs):
+        windows = [list(window) for window in course.windows(epoch)]
+        order = torch.tensor([*chain.from_iterable(windows)], device=device)
+        for window, index in zip(windows, order.split([len(window) for window in windows]), strict=True):
+            if heads.random:
+                torch.manual_seed(course.key(step))
+            logits = heads.train(tuple(t.index_select(0, index + epoch % views * samples) for t in inputs))  # [B, H, C]
+            weights = counts.index_select(0, index)  # [B, K]
+            gradient = _gradient(
+                logits, labels.index_select(0, index), smoothing, weights / weights.sum(dim=0).clamp(min=1)
+            )
+            idle = None
+            if len(alone := {every_fold[sample] for sample in window} if every_fold else ()) == 1:
+                idle = torch.tensor([fold in alone for fold in range(number)], device=device).repeat(len(settings))
+            factor = course.factor((done + len(index) / 2) / (epochs * samples))
+            optimizer.step(heads.backward(gradient), factor, idle=idle)
+            done, step = done + len(index), step + 1
+        if held and (epoch + 1 == epochs or (every is not None and (epoch + 1) % every == 0)):
+            _evaluate(heads, held, curves, epoch + 1)
+    for place, curve in enumerate(curves):
+        curve.tensors = {
+            name: tensor[place * number : (place + 1) * number].clone() for name, tensor in heads.tensors.items()
+        }
+    return curves
+
+
+def _gradient(logits: Tensor, labels: Tensor, smoothing: Tensor, weights: Tensor) -> Tensor:
+    """That of the heads' weighted cross-entropies: logits `[B, H, C]`, smoothing `[H, 1]`, weights `[B, K]`."""
+    classes = logits.shape[2]
+    target = F.one_hot(labels, classes).to(logits)[:, None] * (1 - smoothing) + smoothing / classes  # [B, H, C]
+    gradient = logits.softmax(dim=2).sub_(target)
+    gradient.view(len(logits), -1, weights.shape[1], classes).mul_(weights[:, None, :, None])
+    return gradient
+
+
+def _evaluate(heads: Stack, held: Sequence[_Held], curves: Sequence[Curve], epoch: int) -> None:
+    """Count what is right, and add up the NLL, of every part that is held out, by the heads that have not seen it."""
+    rights, losses = [], []
+    for inputs, labels, rows, part in held:
+        right, loss = [], []
+        for index in rows.split(_ROWS):
+            logits = heads.logits(tuple(tensor.index_select(0, index) for tensor in inputs), heads=part)  # [B, H, C]
+            truth = labels.index_select(0, index)[:, None].expand(logits.shape[:2])  # [B, H]
+            right.append((logits.argmax(dim=2) == truth).sum(dim=0))
+            loss.append(F.cross_entropy(logits.movedim(2, 1).float(), truth, reduction="none").double().sum(dim=0))
+        rights.append(torch.stack(right).sum(dim=0))
+        losses.append(torch.stack(loss).sum(dim=0))
+    every_right, every_loss = torch.stack(rights, dim=1).tolist(), torch.stack(losses, dim=1).tolist()  # [S, K]
+    for curve, right, loss in zip(curves, every_right, every_loss, strict=True):
+        curve.right[epoch], curve.nll[epoch] = right, loss

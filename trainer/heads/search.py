@@ -1,0 +1,210 @@
+"""Find a head: what the features are worth without training, then a grid of heads on held-out folds.
+
+Selection looks at the training set alone; the validation set stays unseen, so that its accuracy remains an honest
+number. The rule: among the settings whose held-out accuracy is within one standard error of the highest (Breiman et
+al., Classification and Regression Trees, 1984, 3.4.3), the one with the lowest held-out NLL. The highest accuracy of a
+hundred settings is to a good part luck, while their NLLs, which see how wrong a sample is, still differ. NLL alone
+would prefer heads that are hesitant and less often right.
+
+The same call on the same machine returns the same bits: a search that was killed is simply run again.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trainer.errors import DataError, UsageError
+from trainer.heads.grid import Course, Curve, HeadSetting, default_settings, fold_of, train_heads
+from trainer.heads.knn import knn_accuracy
+from trainer.heads.ridge import ridge
+from trainer.heads.stack import Inputs, LinearStack, stack, without_dropout
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search has found. Accuracies are shares of the training samples, each judged by a head without it.
+
+    Attributes:
+        setting: the chosen one.
+        accuracy: of its heads. nll: theirs, in nats. error: standard error of the highest accuracy of the grid.
+        worst, median, best: accuracies over the grid; a setting that diverged counts.
+        diverged: settings whose NLL is not finite.
+        ridge: leave-one-out accuracy of ridge regression. knn: that of the best k.
+        samples: N. folds: K.
+        table: one row a setting, in plain types: those of HeadSetting, "accuracy", "nll" (None if not finite) and
+            "curve": [epoch, accuracy, nll] of each evaluation.
+    """
+
+    setting: HeadSetting
+    accuracy: float
+    nll: float
+    error: float
+    worst: float
+    median: float
+    best: float
+    diverged: int
+    ridge: float
+    knn: float
+    samples: int
+    folds: int
+    table: list[Row]
+
+    def to_dict(self) -> dict[str, Any]:
+        """In plain types, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        chosen = self.setting
+        parts = [f"lr {chosen.lr:.3g}", f"weight decay {chosen.weight_decay:.3g}", f"{chosen.epochs} epochs"]
+        parts += [f"label smoothing {chosen.label_smoothing:g}"] * (chosen.label_smoothing > 0)
+        parts += ["standardised features"] * chosen.standardised
+        return (
+            f"{', '.join(parts)}: {self.accuracy:.1%} of held-out samples right ({len(self.table)} settings in "
+            f"{self.folds} folds: {self.worst:.1%} to {self.best:.1%}, median {self.median:.1%}; "
+            f"ridge {self.ridge:.1%}, nearest neighbours {self.knn:.1%})"
+        )
+
+
+def search_head(
+    inputs: Tensor | Inputs,
+    labels: Tensor,
+    tail: nn.Module,
+    course: Course,
+    *,
+    classes: int,
+    epochs: Sequence[int] = (10,),
+    label_smoothing: float = 0.0,
+    standardised: Sequence[bool] = (False, True),
+    settings: Sequence[HeadSetting] | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    dropout: bool = True,
+    every: int | None = None,
+    memory: float = 2.0,
+    rank: int = 0,
+    ranks: int = 1,
+    merge: Callable[[list[Row]], list[list[Row]]] = lambda rows: [rows],
+) -> Choice:
+    """Train a grid of heads on folds of the training set, and choose one setting.
+
+    Args:
+        inputs, labels, tail, course, every, memory: see `grid.train_heads`.
+        classes: C.
+        epochs: lengths of run to compare. label_smoothing: of all settings of the default grid.
+        standardised: features to compare in it: raw ones, scaled ones (`standardise.Scaling.of(inputs)`), or both.
+        settings: to compare; None: `grid_for`.
+        folds: K, 2 at least; not more than there are samples.
+        seed: of the folds.
+        dropout: False: train without the tail's. On maps its random numbers cost more than the heads.
+        rank, ranks: this process and their number; each trains every ranks-th setting.
+        merge: the rows of all processes, by rank, from those of this one: a collective. The default is for one process.
+
+    Raises:
+        UsageError: too few folds, or no settings.
+        DataError: fewer than two samples, features that are not finite, or a grid that diverged as a whole.
+    """
+    inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
+    if folds < 2:
+        raise UsageError(f"folds is {folds}: expected at least 2.")
+    if settings is not None and not settings:
+        raise UsageError("there are no settings to compare; expected at least one.")
+    tail = tail if dropout else without_dropout(tail)
+    read = pooled(inputs, len(labels))
+    linear = ridge(read, labels, classes=classes)
+    near = knn_accuracy(read, labels)
+    if settings is None:
+        shared = {"epochs": epochs, "label_smoothing": label_smoothing, "standardised": standardised}
+        settings = grid_for(inputs, tail, course, **shared)
+    parts = fold_of(labels, folds, seed=seed)
+    mine = [*enumerate(settings)][rank::ranks]
+    options = {"tail": tail, "course": course, "folds": parts, "every": every, "memory": memory}
+    curves = train_heads(inputs, labels, [setting for _, setting in mine], **options) if mine else []
+    rows = [_row(place, curve) for (place, _), curve in zip(mine, curves, strict=True)]
+    table = sorted((row for some in merge(rows) for row in some), key=lambda row: row["place"])
+    chosen, error = choose(table, samples=len(labels))
+    accuracies = [row["accuracy"] for row in table]
+    return Choice(
+        setting=settings[table[chosen]["place"]],
+        accuracy=accuracies[chosen],
+        nll=table[chosen]["nll"],
+        error=error,
+        worst=min(accuracies),
+        median=median(accuracies),
+        best=max(accuracies),
+        diverged=sum(row["nll"] is None for row in table),
+        ridge=float(linear.accuracy[linear.best]),
+        knn=max(near.values()),
+        samples=len(labels),
+        folds=int(parts.max()) + 1,
+        table=[{name: value for name, value in row.items() if name != "place"} for row in table],
+    )
+
+
+def choose(table: Sequence[Row], *, samples: int) -> tuple[int, float]:
+    """The place of the row to take, and the standard error that decided; see the top of this file.
+
+    Args:
+        table: rows with "accuracy" and "nll". Of equal rows the first wins.
+        samples: that were held out, over all folds.
+
+    Raises:
+        DataError: no NLL is finite.
+    """
+    finite = [place for place, row in enumerate(table) if row["nll"] is not None]
+    if not finite:
+        raise DataError(
+            f"all {len(table)} heads of the search diverged. Look for extreme values in the features, or give an --lr."
+        )
+    best = max(table[place]["accuracy"] for place in finite)
+    error = math.sqrt(best * (1 - best) / samples)
+    near = [place for place in finite if table[place]["accuracy"] >= best - error]
+    return min(near, key=lambda place: table[place]["nll"]), error
+
+
+def grid_for(
+    inputs: Inputs,
+    tail: nn.Module,
+    course: Course,
+    *,
+    epochs: Sequence[int] = (10,),
+    label_smoothing: float = 0.0,
+    standardised: Sequence[bool] = (False, True),
+) -> list[HeadSetting]:
+    """The grid that a tail can pay for: 12 rates × 6 decays for a linear layer, 8 rates for any other tail.
+
+    A head on maps costs a hundred times a linear one, and in runs of some hundred steps the decay hardly matters: there
+    it is the smallest of the grid. A tail of several inputs is compared on raw ones alone.
+    """
+    few = not isinstance(stack(tail, 1, tuple(tensor[:1] for tensor in inputs)), LinearStack)
+    return default_settings(
+        inputs[0],
+        optimizer=course.optimizer,
+        epochs=epochs,
+        lrs=8 if few else 12,
+        weight_decays=1 if few else 6,
+        label_smoothing=label_smoothing,
+        standardised=standardised if len(inputs) == 1 else (False,),
+    )
+
+
+def pooled(inputs: Inputs, samples: int) -> Tensor:
+    """The first view as `[N, D]`: the mean over the positions of a map, several inputs side by side."""
+    rows = [tensor[:samples] for tensor in inputs]
+    return torch.cat([tensor.flatten(2).mean(dim=2) if tensor.ndim > 2 else tensor for tensor in rows], dim=1)
+
+
+def _row(place: int, curve: Curve) -> Row:
+    points = [[epoch, curve.accuracy(epoch), _finite(curve.loss(epoch))] for epoch in curve.right]
+    _, accuracy, nll = points[-1]
+    return {"place": place, **asdict(curve.setting), "accuracy": accuracy, "nll": nll, "curve": points}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
