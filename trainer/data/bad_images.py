@@ -4,13 +4,12 @@ import logging
 from collections.abc import Sequence
 
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from trainer.data.images import Images, Subset
 from trainer.data.loader import outlast_signals
 from trainer.errors import DataError
-from trainer.processes.together import raise_together
+from trainer.processes.together import gather, raise_together
 from trainer.processes.workers import batches
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ def _unreadable(
     except Exception as exception:
         error = exception
     raise_together(accelerator, error)
-    return sorted(gather_object(mine) if accelerator.num_processes > 1 else mine)
+    return sorted(found for share in gather(accelerator, mine) for found in share)
 
 
 def _without(images: Images, keys: list[str]) -> Images:

@@ -27,7 +27,7 @@ from trainer.config import SpeedConfig
 from trainer.data.loader import BatchLoader, KeyedDataset, Workers
 from trainer.data.sampling import BatchPlan, Request
 from trainer.model.split import Uncut
-from trainer.processes.together import gather, on_main, print_main, raise_together
+from trainer.processes.together import gather, on_each_machine, on_main, print_main
 from trainer.steps import Batch
 from trainer.trunk import cache
 from trainer.trunk.fast import FastTrunk
@@ -207,9 +207,9 @@ class Features:
             print_main(f"        {len(computed) * views:,} features found in {entry.path}")
         else:
             try:
-                self._on_each_machine(entry.reserve)
+                on_each_machine(accelerator, entry.reserve)
                 self._compute(computed, like, between, outputs=entry.open_for_writing())
-                self._on_each_machine(entry.commit)
+                on_each_machine(accelerator, entry.commit)
             finally:
                 entry.clean()
         found = entry.open()
@@ -266,16 +266,6 @@ class Features:
 
     def _entry(self, computed: ComputedFeatures) -> cache.Entry:
         return cache.Entry(self.folder, computed.key(batch=self.batch), self._like(computed), writer=self._writer)
-
-    def _on_each_machine(self, function: Callable[[], None]) -> None:
-        """Call `function` on one process of each machine; what it raises, all raise (a collective)."""
-        error = None
-        if self.accelerator.is_local_main_process:
-            try:
-                function()
-            except Exception as exception:
-                error = exception
-        raise_together(self.accelerator, error)
 
     def _compute(
         self,
