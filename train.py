@@ -8,7 +8,7 @@ accelerate launch --config_file accelerate_configs/gpu.yaml train.py --data ~/ph
 
 import trainer
 from trainer.cli import end_at_once, parse
-from trainer.config import Config, to_dict
+from trainer.config import Config, settle_augment, to_dict
 
 
 def main(config: Config) -> None:
@@ -19,7 +19,7 @@ def main(config: Config) -> None:
     # 1. Where to start, with which settings: at the checkpoint --resume names, at the newest, or anew.
     config, run = trainer.open_run(accelerator, config)
     recipe = trainer.load_recipe(config.run.recipe)  # your own data, model, loss, metrics: trainer/recipe.py
-    optim, seed, device = config.optim, config.run.seed, accelerator.device
+    optim, seed, exact, device = config.optim, config.run.seed, config.run.exact, accelerator.device
 
     # 2. Images, the same on all processes. Bad settings and bad data end the run here, before anything takes long.
     workers = trainer.Workers.of(accelerator, config.speed.workers, minutes=config.run.timeout)
@@ -29,12 +29,13 @@ def main(config: Config) -> None:
     # 3. The model: pretrained features under a new head. One process downloads, then the others find the file.
     classifier = trainer.main_first(accelerator, recipe.classifier, config, data.classes)
     model, spec = classifier.model.to(device), classifier.input
-    train_set, val_set = trainer.transformed(data, recipe.transforms(config.data, spec), config.speed, spec, seed=seed)
     normalize = spec.normalize(device)  # images as decoded, uint8 [B, 3, S, S] -> float
-    sample = normalize(val_set.some(8).to(device))
 
     # 4. Freeze, then cut: the trunk runs in eval mode, without autograd; DDP and the optimizer see only the tail.
     freeze_plan = trainer.freeze(model, config.model.train, head=classifier.head)
+    config = settle_augment(config, head_alone=freeze_plan.within(classifier.head))
+    train_set, val_set = trainer.transformed(data, recipe.transforms(config.data, spec), config.speed, spec, seed=seed)
+    sample = normalize(val_set.some(8).to(device))
     split = trainer.split_model(model, sample[:1])
     if config.speed.compile_tail:
         split.tail.compile(dynamic=False)  # for each shape by itself: a resumed run must come to the same program
@@ -47,9 +48,9 @@ def main(config: Config) -> None:
         sample,
         {"val": val_set, "train": train_set},
         config=config.speed,
-        epochs=optim.epochs,
+        epochs=optim.settled().epochs,
         plan=plan,
-        exact=config.run.exact,
+        exact=exact,
         folder=run.path / "features",
         workers=workers,
     )
@@ -59,21 +60,13 @@ def main(config: Config) -> None:
 
     about = {"config": to_dict(config), "recipe": recipe.sources(), "decided": {"compiled": features.compiled}}
     about |= {"freeze_plan": freeze_plan.to_dict(), "base": classifier.base} | data.state()
+    optimizer = recipe.optimizer(model, optim.settled(), fused=accelerator.scaler is None)
     loop = trainer.Trainer(
-        accelerator,
-        model,
-        split.tail,
-        recipe.optimizer(model, optim, fused=accelerator.scaler is None),
-        plan=plan,
-        config=optim,
-        recipe=recipe,
-        seed=seed,
-        exact=config.run.exact,
-        about=about,
+        accelerator, model, split.tail, optimizer, plan, optim, recipe=recipe, seed=seed, exact=exact, about=about
     )
     if run.state is not None:
         loop.load(run.state)
-        say(f"resume  {run.source}: epoch {loop.epoch} of {optim.epochs} done, step {loop.step}")
+        say(f"resume  {run.source}: epoch {loop.epoch} of {loop.epochs} done, step {loop.step}")
     if loop.finished(patience=optim.patience):
         say("finished already: nothing to train. Give more --epochs or --patience, or a new --output.")
         return
@@ -83,6 +76,7 @@ def main(config: Config) -> None:
     training = trainer.training(run, loop, stop, config=config, reports=reports, name_of=data.train.name)
     with training, trainer.Logs(loop, run.path) as logs, features:
         val, train = features.open("val", between=stop.check), features.open("train", between=stop.check)
+        trainer.tune(loop, train, config, run)  # --lr auto: many heads at once, compared on training images
         while not loop.finished(patience=optim.patience):
             logs.start_epoch(loop)
             for step in loop.steps(train):

@@ -19,9 +19,9 @@ def parsed(*arguments: object) -> Config:
 
 def test_defaults_are_the_demo():
     config = parsed()
-    assert (config.data.data, config.data.augment, config.data.image_size) == ("digits", "none", 64)
+    assert (config.data.data, config.data.augment, config.data.image_size) == ("digits", "auto", 64)
     assert (config.model.model, config.weights.weights, config.model.train) == ("resnet18", "none", ("head",))
-    assert (config.optim.epochs, config.optim.lr, config.optim.label_smoothing) == (40, 0.1, 0.1)
+    assert (config.optim.epochs, config.optim.lr, config.optim.label_smoothing) == ("auto", "auto", 0.1)
     assert config.speed.workers == 0
     assert default_name(config) == "digits-resnet18"
     assert given(config) == set(), "nobody gave the demo's"
@@ -29,8 +29,8 @@ def test_defaults_are_the_demo():
 
 def test_other_data_has_other_defaults(tmp_path):
     config = parsed("--data", tmp_path, "--model", "resnet50", "--train", "layer4", "fc")
-    assert (config.data.augment, config.data.image_size, config.weights.weights) == ("crop", None, "default")
-    assert (config.optim.epochs, config.speed.workers) == (10, None)
+    assert (config.data.augment, config.data.image_size, config.weights.weights) == ("auto", None, "default")
+    assert (config.optim.epochs, config.optim.label_smoothing, config.speed.workers) == ("auto", 0.0, None)
     assert config.model.train == ("layer4", "fc")
     assert default_name(config) == f"{tmp_path.name}-resnet50"
 
@@ -43,9 +43,11 @@ def test_flags_override_the_file_that_overrides_the_demo(tmp_path):
     assert (config.run.exact, config.weights.weights) == (False, "none")
     path.write_text("data: {data: photos}\noptim: {lr: 1}")
     config = parsed("--config", path)
-    assert (config.weights.weights, config.optim.lr, config.optim.epochs) == ("default", 1.0, 10), "not the demo"
+    assert (config.weights.weights, config.optim.lr, config.optim.label_smoothing) == ("default", 1.0, 0.0), (
+        "not the demo"
+    )
     config = parsed("--config", path, "--data", "digits")
-    assert (config.weights.weights, config.optim.lr, config.optim.epochs) == ("none", 1.0, 40), "the demo"
+    assert (config.weights.weights, config.optim.lr, config.optim.label_smoothing) == ("none", 1.0, 0.1), "the demo"
 
 
 def test_what_was_given_is_known(tmp_path):
@@ -142,15 +144,15 @@ BOMB = "[&a0 [x], " + ", ".join(f"&a{n} [*a{n - 1}, *a{n - 1}]" for n in range(1
         ("optim: {given: 1}", "unknown setting in optim: 'given'; expected one of epochs, "),
         ("optims: {lr: 1}", "unknown group 'optims'; did you mean optim?"),
         ("given: [lr]", "unknown group 'given'; expected one of data, model, weights"),
-        ("optim: {lr: fast}", "optim.lr is 'fast'; expected float."),
-        ("data: {val_fraction: 0.1}\noptim: {lr: 1e-3, epochs: 1.5}", "optim.epochs is 1.5; expected int."),
+        ("optim: {lr: fast}", "optim.lr is 'fast'; expected float or auto."),
+        ("data: {val_fraction: 0.1}\noptim: {lr: 1e-3, epochs: 1.5}", "optim.epochs is 1.5; expected int or auto."),
         ("data: {check_data: []}", "data.check_data is []; expected bool."),
-        ("data: {augment: mixup}", "data.augment is 'mixup'; expected Literal['none', 'flip', 'crop']."),
-        ("model: {train: true}", "model.train is True; expected tuple[str, ...]."),
-        ("model: {train: null}", "model.train is None; expected tuple[str, ...]."),
-        ("model: {train: [head, 3]}", "model.train is ['head', 3]; expected tuple[str, ...]."),
-        ("data: {image_size: big}", "data.image_size is 'big'; expected int | None."),
-        ("optim: {lr: {a: 1}}", "optim.lr is {'a': 1}; expected float."),
+        ("data: {augment: mixup}", "data.augment is 'mixup'; expected auto, none, flip or crop."),
+        ("model: {train: true}", "model.train is True; expected a list of str."),
+        ("model: {train: null}", "model.train is None; expected a list of str."),
+        ("model: {train: [head, 3]}", "model.train is ['head', 3]; expected a list of str."),
+        ("data: {image_size: big}", "data.image_size is 'big'; expected int or null."),
+        ("optim: {lr: {a: 1}}", "optim.lr is {'a': 1}; expected float or auto."),
         ("optim: 3", "optim holds 3; expected settings such as epochs"),
         ("[1, 2]", "holds list; expected groups of settings"),
         ("", "holds NoneType; expected groups of settings"),

@@ -17,6 +17,7 @@ from .errors import DataError as DataError
 from .errors import NumericalError as NumericalError
 from .errors import Preempted as Preempted
 from .errors import UsageError as UsageError
+from .heads.tuning import tune as tune
 from .logs import Logs as Logs
 from .model.classifiers import Classifier as Classifier
 from .model.classifiers import build_model as build_model

@@ -15,7 +15,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import typeguard
 import tyro
@@ -54,9 +54,9 @@ class DataConfig:
     """Folder to which torchvision datasets are downloaded."""
     val_fraction: Annotated[float, Bounds(above=0, below=1)] = 0.2
     """Share of each class held out for validation, if the data has no validation part of its own."""
-    augment: Literal["none", "flip", "crop"] = "crop"
+    augment: Literal["auto", "none", "flip", "crop"] = "auto"
     """none: resize and centre crop; flip: also mirror half of the images; crop: random resized crop, and mirror half of
-    the images. Default for the demo: none."""
+    the images; auto: none for a head on frozen features, which are then computed once, otherwise crop."""
     image_size: Annotated[int | None, Bounds(least=1, unit="pixel")] = None
     """Side of the square image that the model sees, in pixels; None: the size its weights were trained with. Default
     for the demo: 64."""
@@ -106,8 +106,8 @@ class WeightsConfig:
 class OptimConfig:
     """Training. Batch sizes are in images."""
 
-    epochs: Annotated[int, Bounds(least=1)] = 10
-    """Passes over the training images. Default for the demo: 40."""
+    epochs: Annotated[int | Literal["auto"], Bounds(least=1)] = "auto"
+    """Passes over the training images; auto: found together with --lr auto, otherwise 10."""
     patience: Annotated[int | None, Bounds(least=1, unit="epoch")] = None
     """Stop after this many epochs without a better validation result; None: never stop early."""
     batch_size: Annotated[int, Bounds(least=1, unit="image")] = 64
@@ -116,20 +116,26 @@ class OptimConfig:
     """Images per forward on one process; gradient accumulation follows from it. None: batch size / processes."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """AdamW, or SGD with momentum."""
-    lr: Annotated[float, Bounds(above=0, below=float("inf"))] = 1e-3
-    """Peak learning rate. Default for the demo: 0.1."""
+    lr: Annotated[float | Literal["auto"], Bounds(above=0, below=float("inf"))] = "auto"
+    """Peak learning rate; auto: for a head on kept features found by training many heads at once and comparing them on
+    training images that they have not seen, otherwise 1e-3."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up: down to zero along a cosine or a line, or constant."""
     warmup: Annotated[float, Bounds(least=0, most=1)] = 0.05
     """Share of the run during which the learning rate rises from zero, 0 to 1."""
-    weight_decay: Annotated[float, Bounds(least=0)] = 0.01
-    """Weight decay of weights; biases and norms have none."""
+    weight_decay: Annotated[float | Literal["auto"], Bounds(least=0)] = "auto"
+    """Weight decay of weights; biases and norms have none; auto: found together with --lr auto, otherwise 0.01."""
     momentum: Annotated[float, Bounds(least=0, below=1)] = 0.9
     """Momentum of SGD; AdamW does not use it."""
     clip_norm: Annotated[float | None, Bounds(above=0)] = None
     """Clip the gradient of a step to this 2-norm; None: no clipping."""
     label_smoothing: Annotated[float, Bounds(least=0, below=1)] = 0.0
     """Share of each target that is spread over all classes, 0 to 1. Default for the demo: 0.1."""
+
+    def settled(self) -> "OptimConfig":
+        """A copy with the numbers that stand for "auto" where nothing is searched."""
+        standard = {"epochs": 10, "lr": 1e-3, "weight_decay": 0.01}
+        return dataclasses.replace(self, **{n: v for n, v in standard.items() if getattr(self, n) == "auto"})
 
 
 @dataclass(frozen=True)
@@ -239,6 +245,19 @@ def given(config: Config) -> set[str]:
     return {name for name in GROUP_OF if get(config, name) != get(Config(), name)}
 
 
+def settle_augment(config: Config, *, head_alone: bool) -> Config:
+    """A copy with the augmentation that "auto" stands for.
+
+    Args:
+        config: of the run.
+        head_alone: whether the head is all that trains.
+    """
+    if config.data.augment != "auto":
+        return config
+    keeps = config.speed.cache_memory > 0 or config.speed.cache_dir is not None
+    return replace(config, augment="none" if head_alone and keeps and config.speed.views is None else "crop")
+
+
 def default_name(config: Config) -> str:
     """The name of a run without --output: DATA-MODEL."""
     return f"{Path(config.data.data).resolve().name}-{config.model.model}".lower()
@@ -313,7 +332,7 @@ def update(config: Config, settings: Mapping[str, Any], source: str) -> Config:
     for name, value in settings.items():
         kind = get_type_hints(_GROUPS[GROUP_OF[name]])[name]
         value = tuple(value) if isinstance(value, list) and get_origin(kind) is tuple else value
-        if kind in (float, float | None) and type(value) in (int, str):  # YAML reads 1e-3, without a point, as text
+        if float in (kind, *get_args(kind)) and type(value) in (int, str):  # YAML reads 1e-3, without a point, as text
             value = _number(value)
         try:
             typeguard.check_type(value, kind, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
@@ -321,8 +340,7 @@ def update(config: Config, settings: Mapping[str, Any], source: str) -> Config:
                 raise typeguard.TypeCheckError("a bool")
         except typeguard.TypeCheckError:
             key, text = f"{source}: {GROUP_OF[name]}.{name}", reprlib.repr(settings[name])
-            kind = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-            raise UsageError(f"{key} is {text}; expected {kind}.") from None
+            raise UsageError(f"{key} is {text}; expected {_words(kind)}.") from None
         converted[name] = value
     return replace(config, **converted)
 
@@ -353,11 +371,21 @@ def check_bounds(config: Config) -> None:
         for name, hint in get_type_hints(kind, include_extras=True).items():
             value = getattr(getattr(config, group), name)
             for bounds in getattr(hint, "__metadata__", ()):
-                if isinstance(bounds, Bounds) and value is not None and value not in bounds:
+                if isinstance(bounds, Bounds) and value not in (None, "auto") and value not in bounds:
                     raise UsageError(f"{flag(name)} is {value}; expected {bounds}.")
     if len(config.weights.weights_rename) % 2:
         names = config.weights.weights_rename
         raise UsageError(f"--weights-rename is {names}; expected pairs of names: OLD NEW.")
+
+
+def _words(kind: Any) -> str:
+    """A type as text: int; float or auto; none, flip or crop."""
+    names = [_words(part) for part in get_args(kind) if part is not Ellipsis]
+    if not names:
+        return kind.__name__ if isinstance(kind, type) else str(kind)
+    if get_origin(kind) is tuple:
+        return f"a list of {names[0]}"
+    return f"{', '.join(names[:-1])} or {names[-1]}".replace("NoneType", "null").removeprefix(" or ")
 
 
 def _number(value: int | str) -> Any:

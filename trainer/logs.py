@@ -41,7 +41,7 @@ class Logs:
     """
 
     def __init__(self, loop: Trainer, folder: Path, *, every: int = 20):
-        self.accelerator, self.folder, self.epochs, self.every = loop.accelerator, folder, loop.epochs, every
+        self.accelerator, self.folder, self.every = loop.accelerator, folder, every
         self._bar: tqdm | None = None
         self._broken: set[str] = set()  # kinds of errors that were reported
         if self.accelerator.is_main_process:
@@ -59,7 +59,7 @@ class Logs:
     def start_epoch(self, trainer: Trainer) -> None:
         """Begin the progress bar of the trainer's next epoch."""
         quiet = True if not self.accelerator.is_main_process else None  # None: quiet unless on a terminal
-        title = f"epoch {trainer.epoch + 1}/{self.epochs}"
+        title = f"epoch {trainer.epoch + 1}/{trainer.epochs}"
         done = (trainer.samples - trainer.epoch * trainer.plan.samples) // trainer.plan.batch_size
         steps = trainer.plan.steps_per_epoch
         self._bar = tqdm(desc=title, initial=done, total=steps, leave=False, disable=quiet)
@@ -97,7 +97,7 @@ class Logs:
         seconds = time.perf_counter() - self._began
         # Of training, without the evaluation; 0 where a resumed run had only that left to do.
         rate = (trainer.samples - self._start) / max(self._trained - self._began, 1e-9)
-        parts = [f"epoch {trainer.epoch:>{len(str(self.epochs))}}/{self.epochs}"]
+        parts = [f"epoch {trainer.epoch:>{len(str(trainer.epochs))}}/{trainer.epochs}"]
         for title, values in (("train", train), ("val", val)):
             parts.append(" ".join([title, *(f"{name} {value:.4f}" for name, value in values.items())]))
         parts += [f"lr {trainer.rate:.2e}", f"{rate:,.0f} images/s", f"{seconds:.1f} s", *(["best"] if best else [])]

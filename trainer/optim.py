@@ -29,25 +29,26 @@ def build_optimizer(
     Raises:
         UsageError: unknown optimizer, or nothing to train.
     """
-    config = config or OptimConfig()
+    config = (config or OptimConfig()).settled()
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
         raise UsageError("nothing to train: no parameter of the model has requires_grad.")
     groups = [
-        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim > 1], "weight_decay": float(config.weight_decay)},
         {"params": [p for p in trainable if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, fused=fused)
+        return torch.optim.AdamW(groups, lr=float(config.lr), fused=fused)
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=fused)
+        return torch.optim.SGD(groups, lr=float(config.lr), momentum=config.momentum, fused=fused)
     raise UsageError(f"unknown optimizer {config.optimizer!r}; expected one of {', '.join(OPTIMIZERS)}.")
 
 
 def schedule(config: OptimConfig) -> Callable[[float], float]:
     """The learning rate of a run: progress, 0 to 1, → rate; see `learning_rate`."""
-    return partial(learning_rate, peak=config.lr, schedule=config.schedule, warmup=config.warmup)
+    peak = float(config.settled().lr)
+    return partial(learning_rate, peak=peak, schedule=config.schedule, warmup=config.warmup)
 
 
 def learning_rate(progress: float, peak: float, *, schedule: str = "cosine", warmup: float = 0.0) -> float:

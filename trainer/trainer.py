@@ -87,9 +87,9 @@ class Trainer:
         model: nn.Module,
         tail: nn.Module,
         optimizer: torch.optim.Optimizer,
-        *,
         plan: BatchPlan,
         config: OptimConfig,
+        *,
         recipe: TrainingRecipe,
         seed: int = 0,
         exact: bool = False,
@@ -102,9 +102,9 @@ class Trainer:
         self.tail, self.optimizer = accelerator.prepare(tail, optimizer)
         highest = max(group["lr"] for group in optimizer.param_groups)
         self._ratios = [group["lr"] / highest for group in optimizer.param_groups]
-        self.plan, self.lr, self.epochs, self.seed = plan, recipe.learning_rate(config), config.epochs, seed
+        self.plan, self.recipe, self.seed, self.exact = plan, recipe, seed, exact
+        self.configure(config)
         self.step_function, self.metrics_function, self.score = recipe.step(config), recipe.metrics, recipe.score
-        self.clip_norm, self.exact = config.clip_norm, exact
         self.about, self.fingerprint = {"data": {}, **about}, fingerprint(model)
         self.epoch = self.step = self.samples = self.skipped_samples = 0
         self.rate = 0.0
@@ -124,6 +124,11 @@ class Trainer:
                 "--exact: a BatchNorm that trains keeps statistics of the batches that its own process saw, here "
                 f"{min(buffers)}. Leave it frozen (--train without it), or train without --exact."
             )
+
+    def configure(self, config: OptimConfig) -> None:
+        """Set the schedule of the learning rate, the number of epochs, and clipping; see `OptimConfig.settled`."""
+        config = config.settled()
+        self.lr, self.epochs, self.clip_norm = self.recipe.learning_rate(config), int(config.epochs), config.clip_norm
 
     # ------------------------------------------------------------------------------------------------ training
 

@@ -52,7 +52,7 @@ def made_run(folder: Path, *arguments: object) -> Path:
 
 @pytest.fixture
 def trained() -> Path:
-    return made_run(Path("out"), "--lr", "0.5", "--batch-size", "32")
+    return made_run(Path("out"), "--lr", "0.5", "--epochs", "40", "--augment", "none", "--batch-size", "32")
 
 
 def test_resume_auto_takes_the_newest_or_starts(trained):
@@ -62,7 +62,7 @@ def test_resume_auto_takes_the_newest_or_starts(trained):
     assert config.optim.lr == 0.5
     config, run = found("--resume", "auto", "--output", "new")
     assert (run.path.name, run.source, run.state) == ("new", None, None)
-    assert config.optim.lr == 0.1
+    assert config.optim.lr == "auto"
 
 
 def test_resume_auto_without_a_folder_takes_the_newest_of_that_name():
@@ -150,7 +150,7 @@ def test_a_resumed_run_keeps_its_settings_and_says_what_changes(trained, capsys)
     ]
     found("--resume", "out", "--lr", "0.5", "--batch-size", "32", "--epochs", "40")
     assert capsys.readouterr().out == "", "nothing changes"
-    made_run(Path("constant"), "--schedule", "constant")
+    made_run(Path("constant"), "--schedule", "constant", "--epochs", "40")
     found("--resume", "constant", "--epochs", "50")
     assert capsys.readouterr().out == "resume: epochs: 40 → 50\n", "no schedule to stretch"
 
@@ -182,9 +182,12 @@ def test_the_settings_of_a_config_made_in_python_are_those_that_differ(trained):
     resumed, run = find_run(config)
     assert (resumed.optim.epochs, resumed.optim.lr, resumed.data.augment) == (50, 0.5, "none")
     assert (run.state.step, resumed.run.resume) == (20, "out")
-    named = dataclasses.replace(config, given=frozenset({"lr"}))
+    named = dataclasses.replace(
+        config, given=frozenset({"batch_size", "lr"}), run=RunConfig(resume="out", override=True)
+    )
     resumed, _ = find_run(named)
-    assert (resumed.optim.epochs, resumed.optim.lr) == (40, OptimConfig().lr)
+    assert (resumed.optim.epochs, resumed.optim.batch_size) == (40, OptimConfig().batch_size)
+    assert resumed.optim.lr == 0.5, "auto is what was found"
     assert resumed.run.resume == "out", "how it is started is never taken from the checkpoint"
 
 
@@ -275,7 +278,7 @@ def test_a_launcher_that_starts_us_again_means_the_run_that_it_started(trained, 
     for status in (json.dumps({"launcher": Identity.of().to_dict()}), "[]", "{", "{}"):
         (trained / "status.json").write_text(status)
         config, run = found("--output", "out", "--overwrite")
-        assert (run.source, config.run.resume, config.optim.lr) == (None, None, 0.1)
+        assert (run.source, config.run.resume, config.optim.lr) == (None, None, "auto")
         assert found("--resume", "out")[0].run.resume == "out", "as given"
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
     (trained / "status.json").write_text(json.dumps({"launcher": Identity.of(os.getppid()).to_dict()}))

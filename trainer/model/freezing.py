@@ -42,6 +42,10 @@ class FreezePlan:
         said = " ".join(self.train) if len(self.train) <= 8 else f"{len(self.train)} rules"
         return f"{said}: {some:,} of {total:,} parameters train ({some / total:.2%})"
 
+    def within(self, modules: Iterable[str]) -> bool:
+        """Whether all that trains is in these modules."""
+        return all(any(name.startswith(f"{module}.") for module in modules) for name in self.trainable)
+
     def to_dict(self) -> dict[str, list[str]]:
         """The form that is stored in checkpoints."""
         return {"train": list(self.train), "trainable": list(self.trainable)}

@@ -82,6 +82,11 @@ class Run:
         if other:
             raise UsageError(f"another run works in {self.path}: {other}. Wait for its end, or give another --output.")
 
+    def write_config(self, config: dict[str, Any]) -> None:
+        """Write `config.yaml`, from settings as `config.to_dict` returns them."""
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        files.replace(self.path / "config.yaml", text.encode())
+
     def begin(self, config: dict[str, Any], *, reports: dict[str, Any], best: dict[str, float]) -> dict[str, float]:
         """Take possession: lock the folder, write what the run is, delete what is stale. Only the disk can fail now.
 
@@ -101,8 +106,7 @@ class Run:
         self.lock()
         if self._checkpoints() != self._found:
             raise UsageError(f"another run has worked in {self.path} meanwhile; start again.")
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        files.replace(self.path / "config.yaml", text.encode())
+        self.write_config(config)
         for name, content in reports.items():
             if content is None:  # of an overwritten run
                 (self.path / name).unlink(missing_ok=True)

@@ -127,7 +127,8 @@ def _under_way(config: Config) -> Path | None:
 
 def _resumed(config: Config, state: checkpoint.State, source: Path | None) -> Config:
     """The stored settings with those given again; prints what changes, and refuses to continue as another run."""
-    stored, again = from_dict(state["config"], f"the settings in {source}"), settings.given(config)
+    stored = from_dict(state["config"], f"the settings in {source}")
+    again = {name for name in settings.given(config) if settings.get(config, name) != "auto"}  # it was found already
     new = settings.replace(stored, **{name: settings.get(config, name) for name in {*again, *settings.START}})
     was, now = _flat(to_dict(stored)), _flat(to_dict(new))
     for name in (name for name in now if now[name] != was[name]):
