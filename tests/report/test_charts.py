@@ -8,9 +8,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from trainer.measures import calibration
 from trainer.report import charts
 from trainer.report.matrix import matrices, order, overview, worst_pairs
-from trainer.report.measures import calibration
 
 
 def drawing(text: str) -> ElementTree.Element:

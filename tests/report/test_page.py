@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 from trainer.errors import DataError, UsageError
+from trainer.measures import answers
 from trainer.report import Facts, Table, compare, render
 from trainer.report.comparison import paired
 from trainer.report.facts import as_numpy
-from trainer.report.measures import answers
 from trainer.report.pictures import typical
 from trainer.report.shell import duration, number, percent, table, text
 

@@ -1,8 +1,4 @@
-from .calibration import brier as brier
-from .calibration import calibration_error as calibration_error
-from .calibration import nll as nll
 from .calibration import temperature as temperature
-from .calibration import wilson as wilson
 from .grid import Course as Course
 from .grid import Curve as Curve
 from .grid import HeadSetting as HeadSetting

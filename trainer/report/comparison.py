@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainer.errors import UsageError
+from trainer.measures import Answers, answers, mcnemar, scores, wilson
 from trainer.report.facts import Facts
-from trainer.report.measures import Answers, answers, mcnemar, scores, wilson
 from trainer.report.page import flat
 from trainer.report.pictures import Pictures
 from trainer.report.shell import document, duration, number, percent, sections, table, text
@@ -61,7 +61,7 @@ def _results(runs: Sequence[Facts], titles: Sequence[str], given: Sequence[Answe
     heads = ["run", "accuracy", "95% interval", "hits", "images", "balanced", "macro F1", "NLL", "ECE", "time"]
     rows, shown = [], []
     for run, title, one in zip(runs, titles, given, strict=True):
-        found = scores(one, classes=len(run.classes))
+        found = scores(one)
         low, high = wilson(found.hits, found.images)
         interval = f"{percent(low)} to {percent(high)}"
         seconds = sum(run.timings.values()) if run.timings else float("nan")

@@ -5,10 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from trainer.measures import Answers, Scores, answers, scores, wilson
 from trainer.report import charts
 from trainer.report.facts import Facts
 from trainer.report.matrix import matrices, worst_pairs
-from trainer.report.measures import Answers, Scores, answers, scores, wilson
 from trainer.report.pictures import Pictures, gallery
 from trainer.report.shell import document, duration, folded, number, percent, sections, table, text
 
@@ -27,7 +27,7 @@ def render(facts: Facts) -> str:
         the text of a self-contained HTML file (UTF-8), below 5 MB for up to 1,000 classes.
     """
     given = answers(facts.logits, facts.labels)
-    found = scores(given, classes=len(facts.classes))
+    found = scores(given)
     parts = [
         ("Result", _result(found)),
         ("Curves", _curves(facts)),

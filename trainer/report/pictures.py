@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.errors import DataError
+from trainer.measures import Answers
 from trainer.report.facts import Facts
 from trainer.report.heatmap import layer
-from trainer.report.measures import Answers
 from trainer.report.shell import folded, percent, text
 
 _BUDGET = 2_000_000  # bytes of HTML for thumbnails: with all else, the page stays below 5 MB

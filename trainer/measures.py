@@ -1,4 +1,11 @@
-"""Measures of a classifier, from its logits and the labels: integers are counted first, then divided."""
+"""Measures of a classifier, from its logits: accuracy, F1, NLL, Brier score, calibration, confidence intervals.
+
+    found = scores(answers(logits, labels))
+    found.hits / found.images, found.macro.f1, found.nll, found.bins.ece
+    low, high = wilson(found.hits, found.images)
+
+Counts stay integers until the last division, and probabilities are computed in float64.
+"""
 
 import math
 from dataclasses import dataclass
@@ -11,18 +18,20 @@ _CHUNK = 2**22  # values of [images, classes] in float64 at a time: 32 MiB
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What the model answered to each of N images.
+    """The predictions of a model for N images, one value per image.
 
     Attributes:
-        labels: `[N]`, true classes.
-        predicted: `[N]`, the class of the highest logit; of equals the first.
-        ranks: `[N]`, how many classes come before the true one: 0 is a hit.
-        confidence: `[N]`, the probability of the predicted class.
-        own: `[N]`, the probability of the true class.
-        nll: `[N]`, negative log-likelihood of the true class, in nats.
-        brier: `[N]`, squared distance of the probabilities from the truth, summed over classes, 0 to 2 (Brier 1950).
+        classes: C, the number of classes.
+        labels: int64 `[N]`, the true classes.
+        predicted: int64 `[N]`, the class of the highest logit; the first of equal ones.
+        ranks: int64 `[N]`, the place of the true class when classes are sorted by logit: 0 is a correct prediction.
+        confidence: float64 `[N]`, the probability of the predicted class.
+        own: float64 `[N]`, the probability of the true class.
+        nll: float64 `[N]`, the negative log-likelihood of the true class, in nats.
+        brier: float64 `[N]`, the squared distance of the probabilities from the one-hot label, 0 to 2 (Brier, 1950).
     """
 
+    classes: int
     labels: np.ndarray
     predicted: np.ndarray
     ranks: np.ndarray
@@ -33,13 +42,13 @@ class Answers:
 
     @property
     def hits(self) -> np.ndarray:
-        """`[N]`, whether each image was classified as it is labelled."""
+        """Bool `[N]`: whether each prediction is correct."""
         return self.ranks == 0
 
 
 @dataclass(frozen=True)
 class Averages:
-    """Precision, recall and F1, averaged over classes."""
+    """Precision, recall and F1, averaged over classes; 0 to 1."""
 
     precision: float
     recall: float
@@ -51,13 +60,13 @@ class PerClass:
     """Measures of each of C classes, all of shape `[C]`.
 
     Attributes:
-        images: how many there are.
-        predicted: how many images were taken for this class.
-        hits: how many of both.
-        precision: hits / predicted, 0 where nothing was predicted.
-        recall: hits / images, 0 where there are no images.
-        f1: 2 hits / (images + predicted), 0 where both are 0.
-        confidence: mean confidence of the answers to its images, NaN where there are none.
+        images: number of images of this class.
+        predicted: number of images for which this class was predicted.
+        hits: number of images of this class for which it was predicted.
+        precision: hits / predicted; 0 where the class was never predicted.
+        recall: hits / images; 0 where the class has no images.
+        f1: 2 hits / (images + predicted); 0 where both are 0.
+        confidence: mean confidence of the predictions for its images; NaN where it has none.
     """
 
     images: np.ndarray
@@ -71,7 +80,13 @@ class PerClass:
 
 @dataclass(frozen=True, eq=False)
 class Bins:
-    """Answers by confidence, in B equal bins from 0 to 1; all of shape `[B]`, means are NaN where a bin is empty."""
+    """Predictions grouped by confidence in B bins of equal width from 0 to 1, all of shape `[B]`.
+
+    Attributes:
+        images: number of images.
+        confidence: mean confidence; NaN in an empty bin.
+        accuracy: share of correct predictions; NaN in an empty bin.
+    """
 
     images: np.ndarray
     confidence: np.ndarray
@@ -79,24 +94,26 @@ class Bins:
 
     @property
     def ece(self) -> float:
-        """Expected calibration error (Guo et al. 2017): the mean gap of confidence and accuracy, over images."""
+        """Expected calibration error: the mean over images of |accuracy − confidence| (Naeini et al., 2015)."""
         gaps = np.abs(self.confidence - self.accuracy)
         return float(np.nansum(gaps * self.images) / self.images.sum())
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """All measures of one run.
+    """All measures of a model on one set of N images.
 
     Attributes:
         images: N.
-        hits: images whose highest logit is that of their class.
-        hits_in_5: images whose class is among the five highest; None for five classes or fewer.
-        balanced: mean recall of the classes that have images.
+        hits: number of correct predictions; `hits / images` is the accuracy.
+        hits_in_5: number of images whose class is among the five highest logits; None for five classes or fewer.
+        balanced: balanced accuracy, the mean recall of the classes that have images.
         macro: means over the classes that occur among labels or predictions.
-        weighted: means weighted by the images of each class.
+        weighted: means weighted by the number of images of each class.
         nll: mean negative log-likelihood, in nats.
         brier: mean Brier score, 0 to 2.
+        bins: predictions by confidence; `bins.ece` is the expected calibration error.
+        per_class: measures of each class.
         confusion: `[C, C]`, number of images by true class (row) and predicted class (column).
     """
 
@@ -114,7 +131,12 @@ class Scores:
 
 
 def answers(logits: np.ndarray, labels: np.ndarray) -> Answers:
-    """What the model answered, from logits `[N, C]` and labels `[N]`; computed in float64."""
+    """The predictions of a model, from its logits.
+
+    Args:
+        logits: `[N, C]`, of any floating-point type; not probabilities.
+        labels: `[N]`, integers from 0 to C - 1.
+    """
     images, classes = logits.shape
     labels = labels.astype(np.int64)
     found: list[list[np.ndarray]] = []
@@ -129,19 +151,19 @@ def answers(logits: np.ndarray, labels: np.ndarray) -> Answers:
         own = np.take_along_axis(chances, label, 1)[:, 0]
         brier = (chances**2).sum(1) - own**2 + (1 - own) ** 2
         found.append([part.argmax(1), ranks, chances.max(1), own, (np.log(total) - true)[:, 0], brier])
-    return Answers(labels, *(np.concatenate(column) for column in zip(*found, strict=True)))
+    return Answers(classes, labels, *(np.concatenate(column) for column in zip(*found, strict=True)))
 
 
-def scores(given: Answers, *, classes: int) -> Scores:
-    """All measures of answers among `classes` classes."""
-    confusion = confusion_matrix(given.labels, given.predicted, classes=classes)
-    per = per_class(confusion, np.bincount(given.labels, given.confidence, classes))
+def scores(given: Answers) -> Scores:
+    """All measures of a model's predictions for at least one image."""
+    confusion = confusion_matrix(given.labels, given.predicted, classes=given.classes)
+    per = per_class(confusion, np.bincount(given.labels, given.confidence, given.classes))
     occurs = (per.images > 0) | (per.predicted > 0)
     measures = (per.precision, per.recall, per.f1)
     return Scores(
         images=len(given.labels),
         hits=int(per.hits.sum()),
-        hits_in_5=int((given.ranks < 5).sum()) if classes > 5 else None,
+        hits_in_5=int((given.ranks < 5).sum()) if given.classes > 5 else None,
         balanced=float(per.recall[per.images > 0].mean()),
         macro=Averages(*(float(values[occurs].mean()) for values in measures)),
         weighted=Averages(*(float(values @ per.images / per.images.sum()) for values in measures)),
@@ -154,7 +176,7 @@ def scores(given: Answers, *, classes: int) -> Scores:
 
 
 def confusion_matrix(labels: np.ndarray, predicted: np.ndarray, *, classes: int) -> np.ndarray:
-    """`[C, C]`, number of images by true class (row) and predicted class (column)."""
+    """`[C, C]`: the number of images by true class (row) and predicted class (column), from `[N]` of each."""
     return np.bincount(labels * classes + predicted, minlength=classes**2).reshape(classes, classes)
 
 
@@ -166,7 +188,13 @@ def per_class(confusion: np.ndarray, confidence: np.ndarray) -> PerClass:
 
 
 def calibration(confidence: np.ndarray, hits: np.ndarray, *, bins: int = 15) -> Bins:
-    """Answers by confidence `[N]`, with hits `[N]`; a bin includes its upper bound, not its lower one."""
+    """Group predictions by confidence; a bin includes its upper bound, not its lower one.
+
+    Args:
+        confidence: `[N]`, the probability of each predicted class.
+        hits: bool `[N]`, whether each prediction is correct.
+        bins: number of bins, of equal width.
+    """
     which = np.clip(np.ceil(confidence * bins).astype(np.int64) - 1, 0, bins - 1)
     images = np.bincount(which, minlength=bins)
     sums = (np.bincount(which, values, bins) for values in (confidence, hits))
@@ -174,25 +202,31 @@ def calibration(confidence: np.ndarray, hits: np.ndarray, *, bins: int = 15) -> 
 
 
 def wilson(hits: int, images: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Bounds of a proportion, at a level of confidence (Wilson 1927)."""
+    """The lower and upper bound of a proportion (Wilson, 1927).
+
+    Args:
+        hits: number of successes.
+        images: number of trials, at least 1.
+        level: confidence level of the interval.
+    """
     z = NormalDist().inv_cdf((1 + level) / 2)
     share, spread = hits / images, z * z / images
     centre = share + spread / 2
     width = math.sqrt(spread * (share * (1 - share) + spread / 4))
     low, high = (centre - width) / (1 + spread), (centre + width) / (1 + spread)
-    return (low if hits else 0.0), (high if hits < images else 1.0)  # where rounding would leave a trace
+    return (low if hits else 0.0), (high if hits < images else 1.0)  # exact, where rounding would miss the bound
 
 
 def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
-    """Whether two runs differ on the same images, by McNemar's exact test (1947).
+    """Test whether two models differ on the same N images: McNemar's exact test (1947).
 
     Args:
-        first: `[N]`, whether the first run classified each image correctly.
-        second: `[N]`, the same of the second run.
+        first: bool `[N]`, whether the first model classified each image correctly.
+        second: bool `[N]`, the same of the second model.
 
     Returns:
-        the images that only the first got right, those that only the second did, and the probability (two-sided) of a
-        split at least as uneven if both runs were equally good.
+        The number of images that only the first classified correctly, the number that only the second did, and the
+        two-sided p-value: the probability of a split at least as uneven if both models were equally good.
     """
     lost, gained = int((first & ~second).sum()), int((~first & second).sum())
     changed, term, tail = lost + gained, 1, 0

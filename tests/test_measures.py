@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from trainer.report.measures import answers, calibration, confusion_matrix, mcnemar, scores, wilson
+from trainer.measures import answers, calibration, confusion_matrix, mcnemar, scores, wilson
 
 # Six images of three classes by their probabilities; the third class is never predicted.
 CHANCES = np.array(
@@ -23,7 +23,7 @@ LABELS = np.array([0, 0, 1, 1, 1, 2])
 
 @pytest.fixture
 def found():
-    return scores(answers(np.log(CHANCES), LABELS), classes=3)
+    return scores(answers(np.log(CHANCES), LABELS))
 
 
 def test_counts_by_hand(found):
@@ -67,7 +67,7 @@ def test_equal_logits_are_decided_as_argmax_does():
     given = answers(np.zeros((3, 7)), np.array([0, 4, 5]))
     assert given.predicted.tolist() == [0, 0, 0]
     assert given.ranks.tolist() == [0, 4, 5]
-    assert scores(given, classes=7).hits_in_5 == 2
+    assert scores(given).hits_in_5 == 2
 
 
 def test_large_logits_and_many_rows():
@@ -109,7 +109,7 @@ def test_against_scikit_learn():
     labels = rng.integers(0, 11, 500)  # the last of 12 classes has no images
     logits = rng.normal(size=(500, 12)) + 1.5 * np.eye(12)[labels]
     given = answers(logits, labels)
-    found = scores(given, classes=12)
+    found = scores(given)
     chances = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     predicted = chances.argmax(1)
     assert found.hits == metrics.accuracy_score(labels, predicted, normalize=False)
