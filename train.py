@@ -74,7 +74,7 @@ def main(config: Config) -> None:
     # 6. Train. From here on the folder is this run's: locked, its state in status.json, saved however it ends.
     reports = {"freeze_plan.json": freeze_plan.content(), "weights_report.json": classifier.report_content()}
     training = trainer.training(run, loop, stop, config=config, reports=reports, name_of=data.train.name)
-    with training, trainer.Logs(loop, run.path) as logs, features:
+    with training, trainer.Logs(loop, run.path, track=config.run.track) as logs, features:
         val, train = features.open("val", between=stop.check), features.open("train", between=stop.check)
         trainer.tune(loop, train, config, run)  # --lr auto: many heads at once, compared on training images
         while not loop.finished(patience=optim.patience):

@@ -1,15 +1,20 @@
 """What a run leaves for people to look at."""
 
 import json
+import sys
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from trainer import config as settings
 from trainer.data.loader import KeyedDataset
-from trainer.logs import Logs, append_metrics, prediction_grid, rewind_metrics
+from trainer.errors import UsageError
+from trainer.logs import Logs, append_metrics, prediction_grid, rewind_metrics, tracker_options
 from trainer.metrics import Totals
 from trainer.recipe import prediction
 from trainer.trunk.features import CachedFeatures
@@ -18,6 +23,7 @@ from trainer.trunk.features import CachedFeatures
 def _loop(step: int, *, of_epoch: int) -> SimpleNamespace:
     """A Trainer after `step` steps, `of_epoch` an epoch, of 4 samples each; the loss of a step is its number."""
     loop = SimpleNamespace(step=step, epoch=step // of_epoch, epochs=5, rate=0.5, samples=4 * step, metrics={})
+    loop.about = {"config": {"data": {"data": "/home/me/photos", "augment": "none"}, "model": {"train": ["head"]}}}
     loop.accelerator, loop.totals = Accelerator(cpu=True), Totals(torch.device("cpu"))
     loop.plan = SimpleNamespace(samples=4 * of_epoch, batch_size=4, steps_per_epoch=of_epoch)
     for number in range(loop.epoch * of_epoch + 1, step + 1):  # the sums come from the checkpoint
@@ -95,7 +101,7 @@ def test_each_kind_of_error_is_reported_once_and_changes_nothing(tmp_path, caplo
     def full(*_, step, **__):
         raise OSError(28, "No space left on device") if step % 2 else RuntimeError("no tracker")
 
-    logs.accelerator.log = full
+    logs.accelerator.trackers[0].log = full
     _train(logs, loop, 6)
     assert [record.message for record in caplog.records] == [
         f"cannot write logs to {tmp_path}, training goes on: OSError: [Errno 28] No space left on device",
@@ -163,3 +169,91 @@ def test_predictions_are_shown_with_the_truth(tmp_path, monkeypatch):
 def test_what_is_no_picture_is_not_shown(tmp_path, monkeypatch):
     images = torch.zeros(4, 5, 8, 8, dtype=torch.uint8)  # five channels
     assert _shown(tmp_path, images, [0, 1] * 2, torch.rand(4, 2), ["cat", "dog"], monkeypatch) == []
+
+
+def _tracked_twice(folder, name: str) -> list[str]:
+    """A run of 12 steps with a picture, and its continuation to step 24; the ids of the tracker's run."""
+    loop, ids = _loop(0, of_epoch=12), []
+    for steps in (12, 24):
+        with Logs(loop, folder, track=("tensorboard", name), every=5) as logs:
+            assert [tracker.name for tracker in logs.accelerator.trackers] == ["tensorboard", name]
+            _train(logs, loop, steps)
+            loop.outputs = lambda source, some: torch.tensor([[9.0, 0.0]] * len(some))
+            images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
+            dataset = KeyedDataset(images, [0, 1] * 2, lambda image: image, seed=0)
+            logs.show_predictions(loop, [0] * 4, dataset, ["cat", "dog"], prediction)
+            assert not logs._broken
+        ids.append(json.loads((folder / "trackers.json").read_text())[name])
+        loop = _loop(12, of_epoch=12)
+    return ids
+
+
+def test_a_run_in_wandb_is_continued(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    first, second = _tracked_twice(tmp_path, "wandb")
+    assert first == second
+    parts = sorted(path.name for path in tmp_path.glob(f"wandb/offline-run-*-{first}/*.wandb"))
+    assert parts == [f"run-{first}.wandb"] * 2, "the two parts of one run, for `wandb sync`"
+    assert len(list(tmp_path.glob("wandb/offline*/files/media/images/val/predictions_*.png"))) == 2
+
+
+def test_a_run_in_mlflow_is_continued(tmp_path, monkeypatch):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "store").as_uri())
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    first, second = _tracked_twice(tmp_path, "mlflow")
+    assert first == second
+    (run,) = tmp_path.glob(f"store/*/{first}")
+    points = [line.split() for line in (run / "metrics/step/loss").read_text().splitlines()]
+    assert [(float(value), int(step)) for _, value, step in points] == [(step, step) for step in (5, 10, 15, 20)]
+    assert (run / "params/data").read_text() == "/home/me/photos"
+    assert (run / "params/train").read_text() == "head"
+
+
+def test_every_tracker_of_accelerate_can_be_named_and_continued(tmp_path):
+    names = set(get_args(settings.Tracker)) - {"none"}
+    assert names == set(LOGGER_TYPE_TO_CLASS)
+    for name in names - {"tensorboard"}:
+        assert tracker_options(name, tmp_path, known="7") != tracker_options(name, tmp_path, known=None)
+
+
+def test_an_overwritten_run_is_a_new_one_for_trackers(tmp_path):
+    (tmp_path / "trackers.json").write_text('{"wandb": "old"}')
+    Logs(_loop(0, of_epoch=4), tmp_path, track=("none",))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracker_whose_package_is_missing_is_an_error_before_any_work(program, tmp_path):
+    done = program("--track", "comet_ml", "--output", "run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--track comet_ml needs a package that is not installed: pip install comet_ml" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_none_is_no_tracker_beside_others():
+    both = settings.replace(settings.Config(), track=("none", "tensorboard"))
+    with pytest.raises(UsageError, match="--track none tensorboard: expected none alone"):
+        settings.check(both)
+
+
+def test_without_a_terminal_progress_is_a_line_a_minute(tmp_path, monkeypatch, capsys):
+    loop, clock = _loop(0, of_epoch=12), iter(range(0, 10_000, 7))
+    monkeypatch.setattr("trainer.logs.time", SimpleNamespace(perf_counter=lambda: next(clock)))  # 7 s a step
+    with Logs(loop, tmp_path, track=("none",)) as logs:
+        _train(logs, loop, 12)
+    printed = capsys.readouterr()
+    assert printed.out == "epoch 1/5  step 9 of 12  loss 5.0000  images/s 1\n"
+    assert printed.err == ""
+
+
+def test_a_terminal_and_a_notebook_have_a_bar(tmp_path, monkeypatch, capsys):
+    for terminal, notebook in ((True, False), (False, True)):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
+        monkeypatch.setattr("trainer.logs._IN_NOTEBOOK", notebook)
+        loop = _loop(0, of_epoch=12)
+        with Logs(loop, tmp_path, track=("none",)) as logs:
+            _train(logs, loop, 2)
+            assert not logs._bar.disable
+            logs._bar.close()
+        assert "\r" in capsys.readouterr().err

@@ -14,6 +14,7 @@ import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
@@ -159,6 +160,11 @@ class SpeedConfig:
     """Decode large JPEGs at 1/2, 1/4 or 1/8 of their size where that is enough: faster, nearly the same image."""
 
 
+Tracker = Literal[
+    "none", "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "aim", "clearml", "dvclive", "swanlab"
+]
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """Where a run lives, how it starts and how it is kept safe."""
@@ -184,6 +190,9 @@ class RunConfig:
     """Optimizer steps between checks that no frozen weight has changed; None: only at the end of the run."""
     keep: Annotated[int, Bounds(least=2)] = 2
     """Checkpoints to keep besides the best one, at least 2: while one is written, another must exist."""
+    track: tuple[Tracker, ...] = ("tensorboard",)
+    """Where curves, settings and pictures go, besides metrics.jsonl: any number of trackers that Accelerate knows, or
+    none. Each but tensorboard needs its package, and is set up by its own environment variables."""
     output: str | None = None
     """Folder of the run; None: runs/DATA-MODEL, with a number if that is taken."""
     resume: str | None = None
@@ -346,12 +355,17 @@ def update(config: Config, settings: Mapping[str, Any], source: str) -> Config:
 
 
 def check(config: Config) -> None:
-    """Check bounds, and settings that contradict each other.
+    """Check bounds, settings that contradict each other, and packages of trackers.
 
     Raises:
-        UsageError: names the flag, the value and the bound, or the two flags.
+        UsageError: names the flag, the value and the bound, or the two flags, or the package.
     """
     check_bounds(config)
+    if "none" in (track := config.run.track) and len(track) > 1:
+        raise UsageError(f"--track {' '.join(track)}: expected none alone, or trackers without none.")
+    for name in track:
+        if name != "none" and find_spec(name) is None:
+            raise UsageError(f"--track {name} needs a package that is not installed: pip install {name}")
     if (config.speed.views or 1) > 1 and config.data.augment == "none":
         raise UsageError(
             f"--views {config.speed.views} needs views that differ, and --augment none makes all views equal. Omit "

@@ -1,4 +1,4 @@
-"""What a run shows: progress bar, console lines, TensorBoard, metrics.jsonl.
+"""What a run shows: progress bar, console lines, trackers such as TensorBoard, metrics.jsonl.
 
 Only the main process shows anything. Logs look at a run; one that fails is reported once and changes nothing in it.
 """
@@ -6,18 +6,22 @@ Only the main process shows anything. Logs look at a run; one that fails is repo
 import json
 import logging
 import math
+import os
+import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.tracking import TensorBoardTracker
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
-from tqdm import tqdm
+from tqdm import auto
 
 from trainer.data.loader import KeyedDataset
 from trainer.errors import is_lost_worker
@@ -28,6 +32,10 @@ from trainer.trunk.features import Source
 
 log = logging.getLogger(__name__)
 
+_IN_NOTEBOOK = auto.tqdm is not auto.asyncio_tqdm  # with ipywidgets
+# What the run of a tracker calls its id; without one it is found by the name of the folder.
+_ID = {"wandb": "id", "mlflow": "info.run_id", "aim": "hash", "comet_ml": "id", "clearml": "id", "swanlab": "id"}
+
 Describe = Callable[..., tuple[str, dict[str, Any]]]  # see `recipe.prediction`
 
 
@@ -37,45 +45,70 @@ class Logs:
     Args:
         loop: its position decides which entries of an interrupted run are dropped: the resumed run writes them again.
         folder: of the run.
-        every: optimizer steps between two points of a curve in TensorBoard.
+        track: names of trackers, as in `accelerate.tracking`, or "none".
+        every: optimizer steps between two points of a curve.
     """
 
-    def __init__(self, loop: Trainer, folder: Path, *, every: int = 20):
+    def __init__(self, loop: Trainer, folder: Path, *, track: Sequence[str] = ("tensorboard",), every: int = 20):
         self.accelerator, self.folder, self.every = loop.accelerator, folder, every
-        self._bar: tqdm | None = None
+        self._bar: Any = None
         self._broken: set[str] = set()  # kinds of errors that were reported
         if self.accelerator.is_main_process:
             self._quietly(rewind_metrics, folder, epoch=loop.epoch)
+            self.accelerator.trackers = []
+            if not loop.step:
+                (folder / "trackers.json").unlink(missing_ok=True)  # of an overwritten run
+            self._runs = _known_runs(folder)
+            for name in dict.fromkeys(track):
+                if name != "none":
+                    self._quietly(self._start, name, loop)
+
+    def _start(self, name: str, loop: Trainer) -> None:
+        """Start one tracker, or continue what it has of this run, and hand it the settings."""
+        if name == "tensorboard":
             # purge_step hides the points that a killed run logged after its last checkpoint. An epoch that is trained
             # and not finished is evaluated again, and has its points at the step of the checkpoint.
             evaluate_again = loop.samples == (loop.epoch + 1) * loop.plan.samples
             first = loop.step + (0 if evaluate_again else 1)
-            tracker = TensorBoardTracker("tensorboard", folder, purge_step=first if loop.step else None)
-            self.accelerator.log_with = [tracker]
-            self._quietly(self.accelerator.init_trackers, "tensorboard")
-            if self._broken:  # a tracker that did not start cannot log
-                self.accelerator.trackers = []
+            tracker = TensorBoardTracker("tensorboard", self.folder, purge_step=first if loop.step else None)
+        else:
+            settings = loop.about.get("config", {})
+            data = Path(settings.get("data", {}).get("data", self.folder.name)).name  # no private folders
+            place = [self.folder] if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory else []
+            project = os.environ.get(f"{name.upper()}_PROJECT", data)
+            options = tracker_options(name, self.folder, known=self._runs.get(name))
+            tracker = LOGGER_TYPE_TO_CLASS[name](project, *place, **options)
+        tracker.start()
+        self.accelerator.trackers.append(tracker)
+        if name != "tensorboard":  # where settings would be a second run
+            self._runs[name] = attrgetter(_ID[name])(tracker.tracker) if name in _ID else self.folder.name
+            files.write_json(self.folder / "trackers.json", self._runs)
+            tracker.store_init_configuration(_flat(settings))
 
     def start_epoch(self, trainer: Trainer) -> None:
-        """Begin the progress bar of the trainer's next epoch."""
-        quiet = True if not self.accelerator.is_main_process else None  # None: quiet unless on a terminal
+        """Begin the progress bar of the trainer's next epoch; where there is no terminal and no notebook, no bar."""
+        quiet = not self.accelerator.is_main_process or not (_IN_NOTEBOOK or sys.stderr.isatty())
         title = f"epoch {trainer.epoch + 1}/{trainer.epochs}"
         done = (trainer.samples - trainer.epoch * trainer.plan.samples) // trainer.plan.batch_size
-        steps = trainer.plan.steps_per_epoch
-        self._bar = tqdm(desc=title, initial=done, total=steps, leave=False, disable=quiet)
-        self._began = self._trained = time.perf_counter()
-        self._start, self._shown, self._mark = trainer.samples, 0.0, trainer.totals.sums()
+        self._steps = steps = trainer.plan.steps_per_epoch
+        self._bar = auto.tqdm(desc=title, initial=done, total=steps, leave=False, disable=quiet)
+        self._began = self._trained = self._shown = time.perf_counter()
+        self._first, self._mark = trainer.samples, trainer.totals.sums()
 
     def after_step(self, trainer: Trainer) -> None:
-        """Show progress, at most twice a second, and a point of the curves every few steps."""
+        """Show progress, twice a second (without a bar: a line a minute), and a point of the curves every few steps."""
         if not self.accelerator.is_main_process:
             return
         self._quietly(self._bar.update)
         self._trained = now = time.perf_counter()
-        if not self._bar.disable and now - self._shown > 0.5:  # sums are a copy from the device: not every step
+        if now - self._shown > (60 if self._bar.disable else 0.5):  # sums are a copy from the device: not every step
             shown = {name: f"{value:.4f}" for name, value in means(trainer.totals.sums()).items()}
-            rate = (trainer.samples - self._start) / (now - self._began)
-            self._bar.set_postfix(shown | {"images/s": f"{rate:,.0f}"}, refresh=False)
+            shown["images/s"] = f"{(trainer.samples - self._first) / (now - self._began):,.0f}"
+            self._bar.set_postfix(shown, refresh=False)
+            if self._bar.disable:
+                done = f"epoch {trainer.epoch + 1}/{trainer.epochs}  step {trainer.step - trainer.epoch * self._steps}"
+                values = "  ".join(f"{name} {value}" for name, value in shown.items())
+                self._quietly(print, f"{done} of {self._steps}  {values}", flush=True)
             self._shown = now
         # A point is of its step alone: it does not depend on where the run was interrupted.
         if (trainer.step + 1) % self.every == 0:
@@ -96,7 +129,7 @@ class Logs:
         train, val = trainer.metrics["train"], trainer.metrics["val"]
         seconds = time.perf_counter() - self._began
         # Of training, without the evaluation; 0 where a resumed run had only that left to do.
-        rate = (trainer.samples - self._start) / max(self._trained - self._began, 1e-9)
+        rate = (trainer.samples - self._first) / max(self._trained - self._began, 1e-9)
         parts = [f"epoch {trainer.epoch:>{len(str(trainer.epochs))}}/{trainer.epochs}"]
         for title, values in (("train", train), ("val", val)):
             parts.append(" ".join([title, *(f"{name} {value:.4f}" for name, value in values.items())]))
@@ -110,7 +143,7 @@ class Logs:
     def show_predictions(
         self, loop: Trainer, source: Source, images: KeyedDataset, classes: Sequence[str], describe: Describe
     ) -> None:
-        """A picture of some validation images and their predictions, in TensorBoard.
+        """A picture of some validation images and their predictions, in each tracker that takes pictures.
 
         Args:
             source: features of the validation set.
@@ -133,9 +166,9 @@ class Logs:
             label, (text, _) = images.labels[index], describe(output, classes, top=1)
             is_class = isinstance(label, int) and output.shape == (len(classes),)
             captions.append((text, output.argmax().item() == label, classes[label]) if is_class else (text, True, ""))
-        tracker = self.accelerator.get_tracker("tensorboard")  # a blank one if it did not start
         picture = prediction_grid(pixels, captions)
-        tracker.tracker.add_image("val/predictions", picture, loop.step)
+        for tracker in self.accelerator.trackers:
+            self._quietly(_add_picture, tracker, picture, step=loop.step)
 
     def __enter__(self) -> "Logs":
         return self
@@ -146,7 +179,8 @@ class Logs:
             self._quietly(tracker.finish)
 
     def _track(self, trainer: Trainer, values: dict[str, float]) -> None:
-        self._quietly(self.accelerator.log, values, step=trainer.step)
+        for tracker in self.accelerator.trackers:
+            self._quietly(tracker.log, values, step=trainer.step)
 
     def _quietly(self, function: Any, *args: Any, **kwargs: Any) -> None:
         try:
@@ -184,6 +218,35 @@ def prediction_grid(images: Tensor, captions: Sequence[tuple[str, bool, str]]) -
     return make_grid(torch.stack(tiles), nrow=8, padding=4, pad_value=255)
 
 
+def tracker_options(name: str, folder: Path, *, known: str | None) -> dict[str, Any]:
+    """The `init_kwargs` of a tracker: names its run after the folder, or continues the run that is known there.
+
+    Args:
+        name: of the tracker.
+        folder: of the run.
+        known: id of the tracker's run that an earlier start of this run has written; None: a new one.
+    """
+    named = {
+        "wandb": {"name": folder.name, "dir": folder},
+        "mlflow": {"run_name": folder.name},
+        "trackio": {"name": folder.name},
+        "swanlab": {"name": folder.name, "log_dir": folder / "swanlab"},
+        "clearml": {"task_name": folder.name, "reuse_last_task_id": False},
+        "dvclive": {"dir": folder / "dvclive"},
+    }
+    again = {
+        "wandb": {"id": known, "resume": "allow"},
+        "mlflow": {"run_id": known},
+        "trackio": {"resume": "allow"},
+        "swanlab": {"id": known, "resume": "allow"},
+        "clearml": {"reuse_last_task_id": known, "continue_last_task": 0},  # 0: steps are counted from the beginning
+        "dvclive": {"resume": True},
+        "comet_ml": {"experiment_key": known},
+        "aim": {"run_hash": known},
+    }
+    return named.get(name, {}) | (again[name] if known else {})
+
+
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
     """Add one line to `metrics.jsonl`."""
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -196,6 +259,28 @@ def rewind_metrics(folder: Path, *, epoch: int) -> None:
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         files.replace(path, b"".join(line for line in lines if _epoch(line) <= epoch))
+
+
+def _add_picture(tracker: Any, picture: Tensor, *, step: int) -> None:
+    """Show uint8 `[3, H, W]` in a tracker, if Accelerate can show pictures there."""
+    if tracker.name == "tensorboard":
+        tracker.tracker.add_image("val/predictions", picture, step)
+    elif hasattr(tracker, "log_images"):
+        image = F.to_pil_image(picture)
+        tracker.log_images({"val/predictions": image if tracker.name == "aim" else [image]}, step=step)
+
+
+def _flat(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Settings without their groups, in types that all trackers take."""
+    values = {name: value for group in settings.values() for name, value in group.items()}
+    return {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
+def _known_runs(folder: Path) -> dict[str, str]:
+    """The ids by tracker that an earlier start of the run has written; none where they cannot be read."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((folder / "trackers.json").read_text(encoding="utf-8")))
+    return {}
 
 
 def _epoch(line: bytes) -> float:

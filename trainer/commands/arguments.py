@@ -121,3 +121,8 @@ class Report:
     """Python file of the run's recipe, if it was trained with --recipe."""
     weights: str | None = None
     """Where the frozen weights are, if not where they were in training."""
+
+
+@dataclass
+class Doctor:
+    """Check this machine: versions, GPUs, cores, memory, limits, the launcher's variables, two processes that talk."""

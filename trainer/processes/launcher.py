@@ -23,6 +23,7 @@ _SWITCHES = {
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
+VARIABLES = {*_TOGETHER, *_NUMBERS, *_COPIES}  # besides ACCELERATE_*
 _PRECISIONS = ("no", "bf16", "fp16")
 _WAY_ON = "Start it with one of the files in accelerate_configs/"
 

@@ -9,7 +9,7 @@ runs/photos-resnet50/
     status.json           the state of the run
     error.json            why it failed, if it did: rank, type, message, traceback
     metrics.jsonl         one line per epoch
-    tensorboard/
+    tensorboard/          curves and pictures; other trackers: trackers.json has the ids of their runs
 """
 
 import errno
