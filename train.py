@@ -74,21 +74,22 @@ def main(config: Config) -> None:
     # 6. Train. From here on the folder is this run's: locked, its state in status.json, saved however it ends.
     reports = {"freeze_plan.json": freeze_plan.content(), "weights_report.json": classifier.report_content()}
     training = trainer.training(run, loop, stop, config=config, reports=reports, name_of=data.train.name)
-    with training, trainer.Logs(loop, run.path, track=config.run.track) as logs, features:
+    with training, features:
         val, train = features.open("val", between=stop.check), features.open("train", between=stop.check)
         trainer.tune(loop, train, config, run)  # --lr auto: many heads at once, compared on training images
-        while not loop.finished(patience=optim.patience):
-            logs.start_epoch(loop)
-            for step in loop.steps(train):
-                logs.after_step(loop)
-                if stop.check() | trainer.due(step, config.run.save_every):  # | and not or: check() is a collective
-                    loop.save(run.checkpoints, keep=config.run.keep)
-                loop.check(step, config.run)
-            best = loop.finish_epoch(loop.evaluate(val, between=stop.check))
-            logs.end_epoch(loop, best=best)
-            if best:
-                logs.show_predictions(loop, val, val_set, data.classes, recipe.prediction)
-            loop.save(run.checkpoints, best=best, keep=config.run.keep)
+        with trainer.Logs(loop, run.path, track=config.run.track) as logs:
+            while not loop.finished(patience=optim.patience):
+                logs.start_epoch(loop)
+                for step in loop.steps(train):
+                    logs.after_step(loop)
+                    if stop.check() | trainer.due(step, config.run.save_every):  # | and not or: check() is a collective
+                        loop.save(run.checkpoints, keep=config.run.keep)
+                    loop.check(step, config.run)
+                best = loop.finish_epoch(loop.evaluate(val, between=stop.check))
+                logs.end_epoch(loop, best=best)
+                if best:
+                    logs.show_predictions(loop, val, val_set, data.classes, recipe.prediction)
+                loop.save(run.checkpoints, best=best, keep=config.run.keep)
         loop.check_frozen()
     say(f"done: {loop}; {run.checkpoints / 'best.pt'}")
 

@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMITS = {
     "train.py, all lines": 105,
     "README.md, all lines": 200,
-    "trainer/ without commands/, lines of code": 7_500,
-    "trainer/commands/, lines of code": 1_150,
-    "flags of train.py": 51,
+    "trainer/ without commands/, lines of code": 8_500,
+    "trainer/commands/, lines of code": 1_500,
+    "flags of train.py": 53,
     "public names": 40,
 }
 FILE_LIMIT = 270  # lines of code of one file

@@ -14,9 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainer import config as settings
 from trainer.data.loader import KeyedDataset
 from trainer.errors import UsageError
-from trainer.logs import Logs, append_metrics, prediction_grid, rewind_metrics, tracker_options
+from trainer.logs import Logs, append_metrics, prediction_grid, rewind_metrics
 from trainer.metrics import Totals
 from trainer.recipe import prediction
+from trainer.trackers import tracker_options
 from trainer.trunk.features import CachedFeatures
 
 

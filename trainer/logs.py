@@ -6,17 +6,13 @@ Only the main process shows anything. Logs look at a run; one that fails is repo
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.tracking import LOGGER_TYPE_TO_CLASS, TensorBoardTracker
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -27,15 +23,13 @@ from trainer.data.loader import KeyedDataset
 from trainer.errors import is_lost_worker
 from trainer.metrics import means
 from trainer.storage import files
+from trainer.trackers import add_picture, start
 from trainer.trainer import Trainer
 from trainer.trunk.features import Source
 
 log = logging.getLogger(__name__)
 
 _IN_NOTEBOOK = auto.tqdm is not auto.asyncio_tqdm  # with ipywidgets
-# What the run of a tracker calls its id; without one it is found by the name of the folder.
-_ID = {"wandb": "id", "mlflow": "info.run_id", "aim": "hash", "comet_ml": "id", "clearml": "id", "swanlab": "id"}
-
 Describe = Callable[..., tuple[str, dict[str, Any]]]  # see `recipe.prediction`
 
 
@@ -58,32 +52,9 @@ class Logs:
             self.accelerator.trackers = []
             if not loop.step:
                 (folder / "trackers.json").unlink(missing_ok=True)  # of an overwritten run
-            self._runs = _known_runs(folder)
             for name in dict.fromkeys(track):
                 if name != "none":
-                    self._quietly(self._start, name, loop)
-
-    def _start(self, name: str, loop: Trainer) -> None:
-        """Start one tracker, or continue what it has of this run, and hand it the settings."""
-        if name == "tensorboard":
-            # purge_step hides the points that a killed run logged after its last checkpoint. An epoch that is trained
-            # and not finished is evaluated again, and has its points at the step of the checkpoint.
-            evaluate_again = loop.samples == (loop.epoch + 1) * loop.plan.samples
-            first = loop.step + (0 if evaluate_again else 1)
-            tracker = TensorBoardTracker("tensorboard", self.folder, purge_step=first if loop.step else None)
-        else:
-            settings = loop.about.get("config", {})
-            data = Path(settings.get("data", {}).get("data", self.folder.name)).name  # no private folders
-            place = [self.folder] if LOGGER_TYPE_TO_CLASS[name].requires_logging_directory else []
-            project = os.environ.get(f"{name.upper()}_PROJECT", data)
-            options = tracker_options(name, self.folder, known=self._runs.get(name))
-            tracker = LOGGER_TYPE_TO_CLASS[name](project, *place, **options)
-        tracker.start()
-        self.accelerator.trackers.append(tracker)
-        if name != "tensorboard":  # where settings would be a second run
-            self._runs[name] = attrgetter(_ID[name])(tracker.tracker) if name in _ID else self.folder.name
-            files.write_json(self.folder / "trackers.json", self._runs)
-            tracker.store_init_configuration(_flat(settings))
+                    self._quietly(lambda name: self.accelerator.trackers.append(start(name, folder, loop)), name)
 
     def start_epoch(self, trainer: Trainer) -> None:
         """Begin the progress bar of the trainer's next epoch; where there is no terminal and no notebook, no bar."""
@@ -168,7 +139,7 @@ class Logs:
             captions.append((text, output.argmax().item() == label, classes[label]) if is_class else (text, True, ""))
         picture = prediction_grid(pixels, captions)
         for tracker in self.accelerator.trackers:
-            self._quietly(_add_picture, tracker, picture, step=loop.step)
+            self._quietly(add_picture, tracker, picture, step=loop.step)
 
     def __enter__(self) -> "Logs":
         return self
@@ -218,35 +189,6 @@ def prediction_grid(images: Tensor, captions: Sequence[tuple[str, bool, str]]) -
     return make_grid(torch.stack(tiles), nrow=8, padding=4, pad_value=255)
 
 
-def tracker_options(name: str, folder: Path, *, known: str | None) -> dict[str, Any]:
-    """The `init_kwargs` of a tracker: names its run after the folder, or continues the run that is known there.
-
-    Args:
-        name: of the tracker.
-        folder: of the run.
-        known: id of the tracker's run that an earlier start of this run has written; None: a new one.
-    """
-    named = {
-        "wandb": {"name": folder.name, "dir": folder},
-        "mlflow": {"run_name": folder.name},
-        "trackio": {"name": folder.name},
-        "swanlab": {"name": folder.name, "log_dir": folder / "swanlab"},
-        "clearml": {"task_name": folder.name, "reuse_last_task_id": False},
-        "dvclive": {"dir": folder / "dvclive"},
-    }
-    again = {
-        "wandb": {"id": known, "resume": "allow"},
-        "mlflow": {"run_id": known},
-        "trackio": {"resume": "allow"},
-        "swanlab": {"id": known, "resume": "allow"},
-        "clearml": {"reuse_last_task_id": known, "continue_last_task": 0},  # 0: steps are counted from the beginning
-        "dvclive": {"resume": True},
-        "comet_ml": {"experiment_key": known},
-        "aim": {"run_hash": known},
-    }
-    return named.get(name, {}) | (again[name] if known else {})
-
-
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
     """Add one line to `metrics.jsonl`."""
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
@@ -259,28 +201,6 @@ def rewind_metrics(folder: Path, *, epoch: int) -> None:
     if path.exists():
         lines = path.read_bytes().splitlines(keepends=True)
         files.replace(path, b"".join(line for line in lines if _epoch(line) <= epoch))
-
-
-def _add_picture(tracker: Any, picture: Tensor, *, step: int) -> None:
-    """Show uint8 `[3, H, W]` in a tracker, if Accelerate can show pictures there."""
-    if tracker.name == "tensorboard":
-        tracker.tracker.add_image("val/predictions", picture, step)
-    elif hasattr(tracker, "log_images"):
-        image = F.to_pil_image(picture)
-        tracker.log_images({"val/predictions": image if tracker.name == "aim" else [image]}, step=step)
-
-
-def _flat(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Settings without their groups, in types that all trackers take."""
-    values = {name: value for group in settings.values() for name, value in group.items()}
-    return {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
-
-
-def _known_runs(folder: Path) -> dict[str, str]:
-    """The ids by tracker that an earlier start of the run has written; none where they cannot be read."""
-    with suppress(OSError, ValueError, TypeError):
-        return dict(json.loads((folder / "trackers.json").read_text(encoding="utf-8")))
-    return {}
 
 
 def _epoch(line: bytes) -> float:
