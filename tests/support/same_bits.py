@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = "--data ../photos --model resnet18 --weights none --image-size 32 --augment crop --train head layer4"
 PHOTOS += " --batch-size 16 --micro-batch 4 --save-every 2 --workers 0"
 RUNS = (  # script, arguments, processes
-    ("train.py", "--output demo --epochs 3", 1),
+    ("train.py", "--output demo --epochs 3 --lr 0.1 --augment none", 1),
     ("train.py", f"--output photos {PHOTOS} --epochs 2", 1),
     ("train.py", f"--output resumed {PHOTOS} --epochs 1", 1),
     ("train.py", f"--output resumed {PHOTOS} --epochs 2 --resume auto", 1),
