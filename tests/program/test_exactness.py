@@ -193,6 +193,7 @@ def _wait_for(path: Path, process: subprocess.Popen, seconds: float = 120) -> No
 
 
 SMALL = ["--model", "resnet18", "--weights", "none", "--image-size", "32", "--batch-size", "16", "--workers", "0"]
+SMALL += ["--lr", "1e-3"]
 LONG = [*SMALL, "--epochs", "100000", "--output", "run"]  # nobody waits for the end of it
 
 

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from trainer.storage import checkpoint
 
 SMALL = ["--model", "resnet18", "--weights", "none", "--image-size", "32", "--batch-size", "16", "--augment", "none"]
+SMALL += ["--lr", "1e-3"]
 SMALL += ["--workers", "0", "--output", "run"]
 
 

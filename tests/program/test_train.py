@@ -15,6 +15,7 @@ from trainer.storage import checkpoint
 
 TRAIN = ROOT / "train.py"
 SMALL = ["--model", "resnet18", "--weights", "none", "--image-size", "32", "--batch-size", "16", "--micro-batch", "4"]
+SMALL += ["--augment", "crop", "--lr", "1e-3"]  # nothing is searched for
 
 
 @pytest.fixture(scope="module")
@@ -34,21 +35,27 @@ def test_the_demo_reaches_94_percent_and_says_what_it_does(demo):
     assert "cut before fc" in output
     assert "batch 64 = micro-batch 64 × 1 process × accumulation 1; 1,438 images = 23 steps" in output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines] == list(range(1, 41))
     assert lines[-1]["val"]["accuracy"] >= 0.94
-    assert yaml.safe_load((run / "config.yaml").read_text())["model"]["model"] == "resnet18"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert (config["model"]["model"], config["data"]["augment"]) == ("resnet18", "none")
+    chosen = json.loads((run / "search.json").read_text())["chosen"]
+    assert {name: config["optim"][name] for name in chosen} == chosen
+    assert [line["epoch"] for line in lines] == list(range(1, chosen["epochs"] + 1))
+    assert f"search  lr {chosen['lr']:.3g}, weight decay {chosen['weight_decay']:.3g}, " in output
 
 
 def test_the_demo_leaves_small_checkpoints_that_torch_reads(demo):
     checkpoints = demo[0] / "runs" / "digits-resnet18" / "checkpoints"
-    assert sorted(os.listdir(checkpoints)) == ["best.pt", "step-00000897.pt", "step-00000920.pt"]
+    epochs = yaml.safe_load((checkpoints.parent / "config.yaml").read_text())["optim"]["epochs"]
+    steps = [f"step-{23 * epoch:08}.pt" for epoch in (epochs - 1, epochs)]
+    assert sorted(os.listdir(checkpoints)) == ["best.pt", *steps]
     for path in checkpoints.iterdir():
         assert path.stat().st_size < 200_000
         state = torch.load(path, weights_only=True)
         assert state["model"].keys() == {"fc.weight", "fc.bias"}
         assert state["optimizer"]["state"].keys() == {"fc.weight", "fc.bias"}
-    state = checkpoint.read(checkpoints / "step-00000920.pt")
-    assert (state["epoch"], state["step"], state["samples"]) == (40, 920, 40 * 1438)
+    state = checkpoint.read(checkpoints / steps[1])
+    assert (state["epoch"], state["step"], state["samples"]) == (epochs, 23 * epochs, 1438 * epochs)
     assert state["classes"] == [str(digit) for digit in range(10)]
     best = torch.load(checkpoints / "best.pt", weights_only=True)["metrics"]["val"]["accuracy"]
     assert best == state["metrics"]["best"]["accuracy"] >= state["metrics"]["val"]["accuracy"]
@@ -67,7 +74,8 @@ def test_the_demo_can_be_watched_in_tensorboard(demo):
         "step/lr",
     }
     assert tags <= set(events.Tags()["scalars"])
-    assert len(events.Scalars("val/accuracy")) == 40
+    lines = (demo[0] / "runs" / "digits-resnet18" / "metrics.jsonl").read_text().splitlines()
+    assert len(events.Scalars("val/accuracy")) == len(lines)
     assert events.Tags()["images"] == ["val/predictions"]
 
 

@@ -5,18 +5,21 @@ the loss of its step has to be the cross-entropy, and its optimizer and schedule
 """
 
 import json
+from collections import defaultdict
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config import Config, OptimConfig, to_dict
 from trainer.data.sampling import kept_randomness, random_key
 from trainer.errors import UsageError
-from trainer.heads.grid import Course
-from trainer.heads.search import Choice, grid_for, search_head
-from trainer.heads.stack import stack
+from trainer.heads.grid import Course, default_settings
+from trainer.heads.search import Choice, search_head
+from trainer.heads.stack import Inputs, stack
 from trainer.processes.together import gather, on_main, print_main
 from trainer.run.folder import Run
 from trainer.storage import files
@@ -24,6 +27,27 @@ from trainer.trainer import Trainer
 from trainer.trunk.features import CachedFeatures, Source
 
 OPEN = ("lr", "weight_decay", "epochs")
+
+
+class _Grid(NamedTuple):
+    """Lengths of run to compare, numbers of rates and of weight decays, and folds."""
+
+    epochs: list[int]
+    rates: int
+    decays: int
+    folds: int
+
+
+# The first that is not too much work is taken. Work is counted in operations, not in seconds: a run that starts again
+# must come to the same grid.
+_GRIDS = (
+    _Grid([10, 40], 12, 3, 5),
+    _Grid([10, 40], 12, 1, 5),
+    _Grid([10, 40], 8, 1, 3),
+    _Grid([10], 12, 1, 5),
+    _Grid([10], 8, 1, 3),
+)
+_MOST_WORK = defaultdict(lambda: 1e14, cpu=1e12)
 
 
 def tune(loop: Trainer, train: Source, config: Config, run: Run) -> None:
@@ -43,10 +67,11 @@ def tune(loop: Trainer, train: Source, config: Config, run: Run) -> None:
     if loop.step or not any(getattr(optim, name) == "auto" for name in OPEN):
         return
     if optim.lr == "auto":
-        if reason := obstacle(loop, train, optim):
-            print_main(f"lr      {optim.settled().lr:g}, not searched for: {reason}")
+        reason = obstacle(loop, train, optim)
+        choice = None if reason else search(loop, train, optim)
+        if choice is None:
+            print_main(f"lr      {optim.settled().lr:g}, not searched for: {reason or 'that would take long'}")
         else:
-            choice = search(loop, train, optim)
             found = {name: getattr(choice.setting, name) for name in OPEN if getattr(optim, name) == "auto"}
             optim = replace(optim, **found)
             text = json.dumps({"chosen": found, **choice.to_dict()}, indent=1)
@@ -86,9 +111,14 @@ def obstacle(loop: Trainer, train: Source, optim: OptimConfig) -> str:
     return ""
 
 
-def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig) -> Choice:
-    """Compare heads on folds of the training set; the grid is dealt out to all processes (a collective)."""
+def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig) -> Choice | None:
+    """Compare heads on folds of the training set; the grid is dealt out to all processes (a collective).
+
+    Returns:
+        The choice; None if even the smallest grid would take too long.
+    """
     accelerator, settled = loop.accelerator, optim.settled()
+    inputs, tail = tuple(tensor.float() for tensor in train.inputs), accelerator.unwrap_model(loop.tail)
     course = Course(
         windows=lambda epoch: loop.plan.windows(seed=loop.seed, epoch=epoch),
         factor=loop.recipe.learning_rate(replace(settled, lr=1.0)),
@@ -97,14 +127,23 @@ def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig) -> Choice:
         momentum=optim.momentum,
         clip_norm=optim.clip_norm,
     )
-    inputs, tail = tuple(tensor.float() for tensor in train.inputs), accelerator.unwrap_model(loop.tail)
-    maps = inputs[0].ndim > 2
-    lengths = [optim.epochs] if optim.epochs != "auto" else [30] if maps else [10, 30, 100]
-    settings = grid_for(
-        inputs, tail, course, epochs=lengths, label_smoothing=optim.label_smoothing, standardised=[False]
-    )
-    if optim.weight_decay != "auto":
-        settings = [*dict.fromkeys(replace(setting, weight_decay=optim.weight_decay) for setting in settings)]
+    each = 6 * macs(tail, inputs) * len(train)  # operations of one head in one epoch, backward included
+    for grid in _GRIDS:
+        settings = default_settings(
+            inputs[0],
+            optimizer=optim.optimizer,
+            epochs=grid.epochs if optim.epochs == "auto" else [optim.epochs],
+            lrs=grid.rates,
+            weight_decays=grid.decays,
+            label_smoothing=optim.label_smoothing,
+            standardised=[False],
+        )
+        if optim.weight_decay != "auto":
+            settings = [*dict.fromkeys(replace(setting, weight_decay=optim.weight_decay) for setting in settings)]
+        if each * grid.folds * sum(setting.epochs for setting in settings) <= _MOST_WORK[accelerator.device.type]:
+            break
+    else:
+        return None
     with kept_randomness():
         return search_head(
             inputs,
@@ -113,13 +152,20 @@ def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig) -> Choice:
             course,
             classes=len(loop.about["classes"]),
             settings=settings,
-            folds=3 if maps else 5,
-            dropout=not maps,
+            folds=grid.folds,
+            dropout=inputs[0].ndim < 3,  # of maps, its random numbers cost more than the heads
             seed=loop.seed,
             rank=accelerator.process_index,
             ranks=accelerator.num_processes,
             merge=lambda rows: gather(accelerator, rows),
         )
+
+
+def macs(tail: nn.Module, inputs: Inputs) -> int:
+    """Multiplications of one forward of one sample."""
+    with FlopCounterMode(display=False) as counter, kept_randomness(), torch.no_grad():
+        tail(*(tensor[:2] for tensor in inputs))  # two: a BatchNorm that trains refuses one
+    return counter.get_total_flops() // 4
 
 
 def _is_cross_entropy(loop: Trainer, tail: nn.Module, train: CachedFeatures) -> bool:
