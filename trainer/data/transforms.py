@@ -67,7 +67,8 @@ def train_transform(
 
     Args:
         augment: "none" for the evaluation transform; "flip" adds a horizontal flip of every second image; "crop" is a
-            random crop of 8 to 100 % of the area, sides 3:4 to 4:3, with such a flip (`resize` is not used).
+            random crop of 8 to 100 % of the area, sides 3:4 to 4:3, with such a flip (`resize` is not used); "auto", where
+            nobody has chosen, is "crop".
         size: side of the crop, pixels.
         resize: shorter side before the centre crop, pixels.
         interpolation: "bilinear" or "bicubic".
@@ -80,7 +81,7 @@ def train_transform(
         return plain
     if augment == "flip":
         return v2.Compose([plain, v2.RandomHorizontalFlip()])
-    if augment == "crop":
+    if augment in ("crop", "auto"):
         crop = v2.RandomResizedCrop(size, interpolation=InterpolationMode(interpolation), antialias=True)
         return v2.Compose([crop, v2.RandomHorizontalFlip()])
     raise UsageError(f"augment is {augment!r}: expected one of {', '.join(AUGMENTATIONS)}")
