@@ -76,7 +76,7 @@ def main(config: Config) -> None:
     training = trainer.training(run, loop, stop, config=config, reports=reports, name_of=data.train.name)
     with training, features:
         val, train = features.open("val", between=stop.check), features.open("train", between=stop.check)
-        trainer.tune(loop, train, config, run)  # --lr auto: many heads at once, compared on training images
+        trainer.tune(loop, train, config, run, between=stop.check)  # --lr auto: many heads, compared on training images
         with trainer.Logs(loop, run.path, track=config.run.track) as logs:
             while not loop.finished(patience=optim.patience):
                 logs.start_epoch(loop)

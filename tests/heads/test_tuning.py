@@ -128,6 +128,20 @@ def test_without_kept_features_or_classes_there_is_no_search(tiny, tmp_path, cap
     assert "are not kept" in capsys.readouterr().out
 
 
+def test_a_search_can_be_stopped(tiny, tmp_path):
+    config, calls = Config(optim=OptimConfig(epochs=4, batch_size=16)), []
+
+    def stop():
+        calls.append(1)
+        if len(calls) == 3:
+            raise trainer.Preempted("told to")
+
+    loop, source = _loop(tiny, config)
+    with pytest.raises(trainer.Preempted):
+        tune(loop, source, config, _run(tmp_path), between=stop)
+    assert (loop.about["config"], list(tmp_path.iterdir())) == ({}, [])
+
+
 def test_a_run_that_goes_on_does_not_search(tiny, tmp_path, capsys):
     config = Config(optim=OptimConfig(batch_size=16))
     loop, source = _loop(tiny, config)

@@ -67,8 +67,8 @@ def train_transform(
 
     Args:
         augment: "none" for the evaluation transform; "flip" adds a horizontal flip of every second image; "crop" is a
-            random crop of 8 to 100 % of the area, sides 3:4 to 4:3, with such a flip (`resize` is not used); "auto", where
-            nobody has chosen, is "crop".
+            random crop of 8 to 100 % of the area, sides 3:4 to 4:3, with such a flip (`resize` is not used). "auto",
+            where nobody has chosen, is "crop".
         size: side of the crop, pixels.
         resize: shorter side before the centre crop, pixels.
         interpolation: "bilinear" or "bicubic".

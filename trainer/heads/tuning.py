@@ -6,8 +6,9 @@ the loss of its step has to be the cross-entropy, and its optimizer and schedule
 
 import json
 from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ _GRIDS = (
 _MOST_WORK = defaultdict(lambda: 1e14, cpu=1e12)
 
 
-def tune(loop: Trainer, train: Source, config: Config, run: Run) -> None:
+def tune(loop: Trainer, train: Source, config: Config, run: Run, *, between: Callable[[], Any] = lambda: None) -> None:
     """Give the trainer the settings that are "auto", before its first step (a collective).
 
     They are found by a search if `--lr` is "auto" and nothing speaks against one; otherwise they have fixed values.
@@ -62,13 +63,14 @@ def tune(loop: Trainer, train: Source, config: Config, run: Run) -> None:
         train: features of the training set.
         config: of the run.
         run: its folder gets `search.json`: the choice, and what every head of the search was worth.
+        between: called now and then in a search on one process. Several train different heads, and do not meet.
     """
     optim = config.optim
     if loop.step or not any(getattr(optim, name) == "auto" for name in OPEN):
         return
     if optim.lr == "auto":
         reason = obstacle(loop, train, optim)
-        choice = None if reason else search(loop, train, optim)
+        choice = None if reason else search(loop, train, optim, between)
         if choice is None:
             print_main(f"lr      {optim.settled().lr:g}, not searched for: {reason or 'that would take long'}")
         else:
@@ -111,7 +113,7 @@ def obstacle(loop: Trainer, train: Source, optim: OptimConfig) -> str:
     return ""
 
 
-def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig) -> Choice | None:
+def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig, between: Callable[[], Any]) -> Choice | None:
     """Compare heads on folds of the training set; the grid is dealt out to all processes (a collective).
 
     Returns:
@@ -119,8 +121,14 @@ def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig) -> Choice |
     """
     accelerator, settled = loop.accelerator, optim.settled()
     inputs, tail = tuple(tensor.float() for tensor in train.inputs), accelerator.unwrap_model(loop.tail)
+
+    def windows(epoch: int) -> Iterator[list[int]]:
+        if accelerator.num_processes == 1:
+            between()
+        return loop.plan.windows(seed=loop.seed, epoch=epoch)
+
     course = Course(
-        windows=lambda epoch: loop.plan.windows(seed=loop.seed, epoch=epoch),
+        windows=windows,
         factor=loop.recipe.learning_rate(replace(settled, lr=1.0)),
         key=lambda step: random_key(loop.seed, "step", step, 0),
         optimizer=optim.optimizer,
