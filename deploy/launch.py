@@ -3,8 +3,8 @@
     python deploy/launch.py --config_file accelerate_configs/gpu.yaml train.py --output runs/photos --resume auto
 
 Takes what `accelerate launch` takes. That command passes no signal on to a program that it has started alone, does not
-end on SIGTERM where it is process 1, and turns all exit codes into 1. Here SIGTERM and SIGUSR1 let the run save, and the
-exit code is the program's own: 0, 75 (stopped, to be resumed), 2 (usage), 65 (data), 70 (numbers), 74 (files).
+end on SIGTERM where it is process 1, and turns all exit codes into 1. Here SIGTERM and SIGUSR1 let the run save, and
+the exit code is the program's own: 0, 75 (stopped, to be resumed), 2 (usage), 65 (data), 70 (numbers), 74 (files).
 """
 
 import os
