@@ -25,7 +25,7 @@ from trainer.errors import CheckpointError, NumericalError, UsageError
 from trainer.evaluation import Metrics, evaluate
 from trainer.metrics import Totals, means
 from trainer.model.freezing import check_fingerprint, fingerprint, trained_tensors
-from trainer.processes.together import on_main
+from trainer.processes.together import on_main, print_main
 from trainer.reduction import rehearse, sum_in_order
 from trainer.steps import Batch, Step, check_outputs
 from trainer.storage import checkpoint
@@ -107,6 +107,8 @@ class Trainer:
         self.plan, self.recipe, self.seed, self.exact = plan, recipe, seed, exact
         self.configure(config)
         self.step_function, self.metrics_function, self.score = recipe.step(config), recipe.metrics, recipe.score
+        if not callable(self.lr) or not callable(self.step_function):
+            raise UsageError("learning_rate(config) and step(config) return functions: see trainer/recipe.py.")
         self.about, self.fingerprint = {"data": {}, **about}, fingerprint(model)
         self.epoch = self.step = self.samples = self.skipped_samples = 0
         self.rate = 0.0
@@ -400,6 +402,8 @@ class Trainer:
             if was != now:
                 raise CheckpointError(f"the checkpoint has other data for {part}: {was}; this run has {now}.")
         self.optimizer.eval()  # as it was saved
+        if lines := checks.recipe_differences(state["recipe"], self.about.get("recipe", {})):
+            print_main(*lines)
         live, optimizer = trained_tensors(self.model), self.optimizer.optimizer
         checkpoint.check_tensors(state["model"], live)
         optimizer.load_state_dict(positional_state(state["optimizer"], optimizer, self.model))

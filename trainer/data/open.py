@@ -21,6 +21,7 @@ from trainer.data.datasets import TORCHVISION, Digits, load_torchvision
 from trainer.data.folders import load_folder
 from trainer.data.images import Images, Subset, counted, listed, printable
 from trainer.data.loader import KeyedDataset, Workers
+from trainer.data.sampling import kept_randomness
 from trainer.data.transforms import InputSpec, is_random
 from trainer.errors import DataError, UsageError
 from trainer.processes.together import assert_same, gather, main_first, raise_together
@@ -127,7 +128,9 @@ def open_data(
     """
 
     def load() -> tuple[Images, Images]:
-        train, val = images(config, seed=seed)
+        train, val = found = images(config, seed=seed)
+        if kinds := [type(part).__name__ for part in found if not isinstance(part, Images)]:
+            raise UsageError(f"images() of the recipe returned {kinds[0]}; expected two Images: training, validation.")
         _check(train, val, config.data)
         return train, val
 
@@ -163,8 +166,13 @@ def transformed(
         seed: of the run, for what is random in a transform.
 
     Raises:
-        UsageError: several views are asked for, and the transform is not random.
+        UsageError: several views are asked for, and the transform is not random; or images or transforms are none.
     """
+    if not isinstance(transforms, Sequence) or len(transforms) != 2:
+        found = type(transforms).__name__
+        raise UsageError(f"transforms() of the recipe returned {found}; expected two: for training, for evaluation.")
+    for images, transform in zip((data.train, data.val), transforms, strict=True):
+        _check_pixels(images, transform, spec)
     if config.fast_decode:
         for images in (data.train, data.val):
             images.shrink(2 * spec.resize)  # twice: a random crop enlarges a part
@@ -177,6 +185,20 @@ def transformed(
     elif (config.views or 1) > 1:
         raise UsageError(f"--views {config.views} needs a random transform, and the one for training is not random.")
     return train, val
+
+
+def _check_pixels(images: Images, transform: Callable[[Tensor], Tensor], spec: InputSpec) -> None:
+    """What is silent otherwise: images that are normalised twice, once by their transform."""
+    with kept_randomness():
+        image = images[0]
+        if not isinstance(image, Tensor):
+            raise UsageError(f"the image {images.name(0)} is {type(image).__name__}; expected a tensor [C, H, W].")
+        result = transform(image.clone())
+    if result.is_floating_point() and not image.is_floating_point() and spec.max_value > 1:
+        raise UsageError(
+            f"transforms() of the recipe made {result.dtype} of {image.dtype}; expected the same. Pixels are divided "
+            f"by {spec.max_value:g} and normalised after it: omit ToDtype and Normalize. Values of your own: InputSpec."
+        )
 
 
 def _same_content(accelerator: Accelerator, data: Data) -> list[dict[str, int | str]]:
