@@ -73,7 +73,7 @@ def test_what_a_function_uses_of_its_file_belongs_to_its_source(tmp_path, part):
     assert sources(tmp_path / "mine.py", HELPED.replace("UNUSED = 1", "UNUSED = 2\n\n")) == before
 
 
-def test_a_recipe_edited_between_two_parts_of_a_run_is_said(pictures, program, tmp_path):
+def test_a_recipe_edited_between_two_parts_of_a_run_is_said(pictures, program, tmp_path, capsys):
     recipe = tmp_path / "mine.py"
     recipe.write_text('def score(val):\n    return val["accuracy"]\n')
     options = ["--data", pictures / "classes", *SMALL, "--recipe", recipe, "--output", "run"]
@@ -83,6 +83,8 @@ def test_a_recipe_edited_between_two_parts_of_a_run_is_said(pictures, program, t
     assert done.returncode == 0, done.stderr
     assert "recipe  score: trained with mine.score" in done.stdout
     assert done.stdout.count("recipe  ") == 1
+    trainer.load(tmp_path / "run", device="cpu")
+    assert "recipe  score: trained with mine.score" in capsys.readouterr().out
 
 
 WRONG = {
@@ -101,6 +103,20 @@ from torchvision.transforms import v2
 def transforms(config, spec):
     mine = v2.Compose([spec.eval_transform(), v2.ToDtype(torch.float32, scale=True)])
     return mine, mine
+""",
+    "has 1 channel(s), and the model takes 3": """
+from functools import partial
+from trainer.data import Decoded, decode, load_data
+
+def images(config, *, seed):
+    return tuple(Decoded(part, partial(decode, channels=1)) for part in load_data(config.data))
+""",
+    "the max_value of its InputSpec is 255 for 8 bits": """
+from functools import partial
+from trainer.data import Decoded, decode, load_data
+
+def images(config, *, seed):
+    return tuple(Decoded(part, partial(decode, depth=16)) for part in load_data(config.data))
 """,
     "model() of the recipe returned Linear": """
 from torch import nn

@@ -65,6 +65,9 @@ def test_a_change_is_made_with_the_lines_of_the_page(name, data, program, tmp_pa
     if name in ("dataset", "grey", "deep", "network", "head", "prediction"):
         row = use(program, tmp_path, recipe=recipe, image=data / IMAGES.get(name, "0.png"))
         assert ("answer" if name == "prediction" else "class") in row
+    if name in ("grey", "deep"):
+        done = program("evaluate", "--run", "run", "--data", data / name, *recipe, cwd=tmp_path, target="trainer")
+        assert done.returncode == 0, done.stderr
     assert {"f1": "f1", "metric": "top2"}.get(name, "loss") in state.metrics["val"]
     if name == "epoch":
         rows = [line.split() for line in (tmp_path / "run" / "mine.txt").read_text().splitlines()]

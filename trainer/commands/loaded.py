@@ -128,9 +128,10 @@ def load(
 ) -> Loaded:
     """Load a trained model, with its classes and its transform; takes and raises the same as `load_frozen`.
 
-    No parameter requires a gradient: outputs need no `.detach()`.
+    No parameter requires a gradient: outputs need no `.detach()`. Prints what differs from the recipe of the training.
     """
     loaded = load_frozen(run_or_file, device=device, weights=weights, recipe=recipe)
+    print_differences(loaded.recipe, loaded.about)
     loaded.model.requires_grad_(False)
     return loaded
 

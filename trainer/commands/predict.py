@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from trainer.commands.arguments import Predict
-from trainer.commands.loaded import Loaded, load, print_differences
+from trainer.commands.loaded import Loaded, load
 from trainer.commands.text import columns, shorten
 from trainer.data.images import EXTENSIONS, left_by_programs, printable
 from trainer.errors import DataError, UsageError, check_least, first_sentence
@@ -41,7 +41,6 @@ def predict(command: Predict) -> None:
     if csv_file:
         _check_writable(csv_file)
     loaded = load(command.run, weights=command.weights, device=command.device, recipe=command.recipe)
-    print_differences(loaded.recipe, loaded.about)
     rows, problems = [], []
     for path, result in classify(loaded, found, batch_size=command.batch_size, workers=command.workers):
         if isinstance(result, str):

@@ -60,5 +60,5 @@ def _load(file: Path, weights: str | None, recipe: Recipe) -> bool:
     """Load a file for its errors; False if its model is the user's own code, and no recipe with it was given."""
     if not recipe.builds(loading.read(file)):
         return False
-    loading.load(file, device="cpu", weights=weights, recipe=recipe)
+    loading.load_frozen(file, device="cpu", weights=weights, recipe=recipe)
     return True

@@ -188,13 +188,24 @@ def transformed(
 
 
 def _check_pixels(images: Images, transform: Callable[[Tensor], Tensor], spec: InputSpec) -> None:
-    """What is silent otherwise: images that are normalised twice, once by their transform."""
+    """What is silent otherwise, or no message of ours: pixels that are not those of the model's `InputSpec`."""
     with kept_randomness():
         image = images[0]
         if not isinstance(image, Tensor):
             raise UsageError(f"the image {images.name(0)} is {type(image).__name__}; expected a tensor [C, H, W].")
         result = transform(image.clone())
-    if result.is_floating_point() and not image.is_floating_point() and spec.max_value > 1:
+    channels, whole = len(spec.mean), not result.is_floating_point()
+    if result.shape[-3] != channels:
+        raise UsageError(
+            f"{images.name(0)} has {result.shape[-3]} channel(s), and the model takes {channels}: change images() and "
+            "model() of the recipe together. The mean of the model's InputSpec has a number for each channel."
+        )
+    if whole and (result.max() > spec.max_value or (result.dtype == torch.uint8) != (spec.max_value <= 255)):
+        raise UsageError(
+            f"{images.name(0)} is {result.dtype} with pixels up to {result.max()}, and the model takes them up to "
+            f"{spec.max_value:g}: the max_value of its InputSpec is 255 for 8 bits, and 65535 for 16."
+        )
+    if not whole and not image.is_floating_point() and spec.max_value > 1:
         raise UsageError(
             f"transforms() of the recipe made {result.dtype} of {image.dtype}; expected the same. Pixels are divided "
             f"by {spec.max_value:g} and normalised after it: omit ToDtype and Normalize. Values of your own: InputSpec."
