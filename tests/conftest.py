@@ -45,6 +45,21 @@ def photos(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory) -> Path:
+    """24 small images of noise, half of them darker: N.png, and by class in classes/, grey/ and deep/ (16 bits)."""
+    folder, generator = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for number in range(24):
+        pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8) // (1 + number % 2)
+        grey = pixels[:, :, 0]
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        for kind, values in (("classes", pixels), ("grey", grey), ("deep", grey.astype(np.uint16) * 257)):
+            place = folder / kind / "ab"[number % 2]
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(values).save(place / f"{number}.png")
+    return folder
+
+
 @pytest.fixture
 def tiny() -> TinyNet:
     with torch.random.fork_rng():

@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -28,6 +29,7 @@ def _loop(
     epochs=3,
     lr=0.05,
     optimizer="adamw",
+    build=build_optimizer,
     clip_norm=None,
     step=None,
     learning_rate=None,
@@ -43,7 +45,7 @@ def _loop(
         Accelerator(cpu=True),
         model,
         parts.tail,
-        build_optimizer(model, config),
+        build(model, config),
         plan=trainer.BatchPlan(samples, batch, micro, 1),
         config=config,
         recipe=recipe,
@@ -252,6 +254,75 @@ def test_two_and_two_epochs_are_four_to_the_bit(tiny, tmp_path):
     assert all(torch.equal(tensor, end[name]) for name, tensor in tiny.state_dict().items())
     left, right = (optimizer_state(loop.optimizer.optimizer, tiny)["state"] for loop in (again, whole))
     assert all(torch.equal(left[name][key], right[name][key]) for name in right for key in right[name])
+
+
+class _Averaging(torch.optim.SGD):
+    """SGD that keeps the mean of its weights; in eval mode the weights are that mean."""
+
+    training = True
+
+    @torch.no_grad()
+    def step(self):
+        assert self.training
+        super().step()
+        for weight, state in self.state.items():
+            count = state["count"] = state.get("count", 0) + 1
+            state["mean"] = state.get("mean", torch.zeros_like(weight)).lerp(weight, 1 / count)
+
+    def train(self):
+        self._change(True)
+
+    def eval(self):
+        self._change(False)
+
+    @torch.no_grad()
+    def _change(self, training):
+        for weight, state in self.state.items() if training != self.training else ():
+            held = weight.clone()
+            weight.copy_(state["mean"])
+            state["mean"].copy_(held)
+        self.training = training
+
+
+def _build_averaging(model, config):
+    return _Averaging([p for p in model.parameters() if p.requires_grad], lr=config.lr, momentum=0.5)
+
+
+def test_an_optimizer_with_two_modes_is_evaluated_and_saved_in_eval_mode(tiny, tmp_path):
+    kept = []
+
+    def loop_of(model):
+        return _loop(model, train=("fc",), samples=24, build=_build_averaging)
+
+    loop, source = loop_of(copy.deepcopy(tiny))
+    expected, _ = loop_of(copy.deepcopy(tiny))
+    _train(loop, source, after_step=lambda loop: kept.append(loop.model.fc.weight.detach().clone()))
+    mean = torch.stack(kept).mean(0)
+    val = loop.evaluate(source)
+    assert torch.allclose(loop.model.fc.weight, mean, atol=1e-6)
+    assert not torch.allclose(mean, kept[-1], atol=1e-4)
+    loop.finish_epoch(val)
+    loop.save(tmp_path / "end")
+    loop.save(tmp_path / "end")  # twice: nothing changes places again
+    assert torch.equal(checkpoint.newest(tmp_path / "end")[1].model["fc.weight"], loop.model.fc.weight)
+
+    steps = loop.steps(source)
+    next(steps)
+    loop.save(tmp_path / "middle")
+    list(steps)
+    for _ in range(2):
+        _train(expected, source)
+        expected.finish_epoch(expected.evaluate(source))
+    loop.finish_epoch(loop.evaluate(source))
+    for place in ("end", "middle"):
+        resumed, _ = loop_of(copy.deepcopy(tiny))
+        resumed.load(checkpoint.newest(tmp_path / place)[1])
+        assert place != "end" or resumed.evaluate(source) == val
+        _train(resumed, source)
+        resumed.finish_epoch(resumed.evaluate(source))
+        for other in (loop, expected):
+            assert torch.equal(resumed.model.fc.weight, other.model.fc.weight)
+            assert resumed.metrics["val"] == other.metrics["val"]
 
 
 class _Flat(torch.nn.Sequential):

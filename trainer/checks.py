@@ -11,6 +11,21 @@ from trainer.model.freezing import Fingerprint, digest, fingerprint
 from trainer.processes.together import gather
 
 
+def recipe_differences(stored: Mapping[str, list[str]], mine: Mapping[str, list[str]]) -> list[str]:
+    """One line for each function of a recipe that is not the one that a checkpoint was trained with.
+
+    Args:
+        stored: of the checkpoint, see `Recipe.sources`; empty if it is of an earlier version.
+        mine: those of now.
+    """
+    lines = []
+    for name in sorted(stored.keys() | mine.keys()) if stored else []:
+        was, now = (" ".join(entry) if entry else "none" for entry in (stored.get(name), mine.get(name)))
+        if was != now:
+            lines.append(f"recipe  {name}: trained with {was}, now {now}")
+    return lines
+
+
 def check_trainable(model: nn.Module, trainable: Mapping[str, Tensor], optimizer: Any) -> None:
     """Check that the model, the trainer and the optimizer train the same parameters.
 
@@ -22,6 +37,11 @@ def check_trainable(model: nn.Module, trainable: Mapping[str, Tensor], optimizer
     Raises:
         UsageError: names the parameters in one and not in another, and the way that works.
     """
+    if not hasattr(optimizer, "param_groups"):
+        kind = type(optimizer).__name__
+        raise UsageError(
+            f"optimizer() of the recipe returned {kind}; expected an optimizer (schedules: learning_rate)."
+        )
     now = {name: value for name, value in model.named_parameters() if value.requires_grad}
     if changed := sorted(now.keys() ^ trainable.keys()):
         raise UsageError(

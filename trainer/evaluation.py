@@ -72,4 +72,7 @@ def _whole(metrics: Metrics, parts: list[tuple[Tensor, Tensor, Tensor]], samples
         raise UsageError('metrics() of the recipe needs the outputs of the model: let step() return them as "outputs".')
     index, outputs, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     order = index.argsort()
-    return {name: float(value) for name, value in metrics(outputs[order].float(), labels[order]).items()}
+    found = metrics(outputs[order].float(), labels[order])
+    if not isinstance(found, dict) or any(isinstance(value, Tensor) and value.numel() != 1 for value in found.values()):
+        raise UsageError("metrics() of the recipe returns a dict with one number for each name.")
+    return {name: float(value) for name, value in found.items()}

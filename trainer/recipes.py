@@ -1,5 +1,6 @@
 """Find the recipe of a run: `trainer/recipe.py`, or a file that replaces some of its functions."""
 
+import ast
 import hashlib
 import importlib.util
 import inspect
@@ -7,9 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from trainer import recipe as default
+from trainer.checks import recipe_differences
 from trainer.config import Config
 from trainer.errors import UsageError
 from trainer.model.classifiers import Classifier, seeded
@@ -37,37 +40,62 @@ class Recipe:
         Args:
             config: of the run.
             classes: names of the classes; empty if labels are no classes.
+
+        Raises:
+            UsageError: `model` returned something else.
         """
         with seeded(config.run.seed, "model"):
-            return self.model(
+            built = self.model(
                 config.model, config.weights, classes, image_size=config.data.image_size, seed=config.run.seed
             )
+        if not isinstance(built, Classifier):
+            raise UsageError(f"model() of the recipe returned {type(built).__name__}; expected that of build_model().")
+        return built
 
     def restore(self, state: State | Mapping[str, Any], *, weights: str | None = None) -> Classifier:
         """The whole model of a checkpoint; see `model.restoring.restore`."""
-        by_name = self.model is default.model
-        unknown = by_name and state["base"].get("source") == "module"
-        build = None if unknown else lambda config: self.classifier(config, state["classes"])
+        build = (lambda config: self.classifier(config, state["classes"])) if self.builds(state) else None
         return restore(state, build=build, weights=weights)
 
+    def builds(self, state: State | Mapping[str, Any]) -> bool:
+        """Whether `model` can build the model of a checkpoint: that of a recipe of the user's own has to be given."""
+        stored = (state.to_dict() if isinstance(state, State) else state).get("recipe", {})
+        in_place = stored.get("model", [""])[0] == f"{default.__name__}.model"  # edited in trainer/recipe.py
+        return self.model is not default.model or in_place or state["base"].get("source") != "module"
+
     def sources(self) -> dict[str, list[str]]:
-        """For checkpoints: each function's qualified name and the sha256 of its source, 16 hex digits."""
+        """For checkpoints: each function's qualified name and the sha256 of its source, 16 hex digits.
+
+        Its source is also that of the functions, classes and constants of its file which it names, and which they name.
+        """
         found = {}
         for name in (f.name for f in fields(self)):
             if (function := getattr(self, name)) is not None:
-                text = inspect.getsource(function) if inspect.isfunction(function) else repr(function)
+                text = _source(function) if inspect.isfunction(function) else repr(function)
                 where = f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', name)}"
                 found[name] = [where, hashlib.sha256(text.encode()).hexdigest()[:16]]
         return found
 
     def differences(self, stored: dict[str, list[str]]) -> list[str]:
         """One line for each function that is not the one that a checkpoint was trained with."""
-        lines, mine = [], self.sources()
-        for name in sorted(stored.keys() | mine.keys()) if stored else []:
-            was, now = (" ".join(entry) if entry else "none" for entry in (stored.get(name), mine.get(name)))
-            if was != now:
-                lines.append(f"recipe  {name}: trained with {was}, now {now}")
-        return lines
+        return recipe_differences(stored, self.sources())
+
+
+def _source(function: FunctionType) -> str:
+    file = inspect.getsourcefile(function)
+    if file is None or function.__qualname__ != function.__name__:  # one within another
+        return inspect.getsource(function)
+    text = Path(file).read_text(encoding="utf-8")
+    parts: dict[str, ast.stmt] = {}
+    for node in ast.parse(text).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+        parts |= {name: node for target in targets if (name := getattr(target, "id", getattr(target, "name", None)))}
+    found, waiting = {}, [function.__name__]
+    for name in waiting:
+        if name in parts and name not in found:
+            found[name] = ast.get_source_segment(text, parts[name])
+            waiting += [node.id for node in ast.walk(parts[name]) if isinstance(node, ast.Name)]
+    return "\n".join(found[name] or "" for name in sorted(found))
 
 
 def load_recipe(path: str | None) -> Recipe:
@@ -89,6 +117,8 @@ def load_recipe(path: str | None) -> Recipe:
         spec.loader.exec_module(module)
     except ImportError as error:
         raise UsageError(f"--recipe {path}: {error}. Install what it needs, or mend its import.") from error
+    except SyntaxError as error:
+        raise UsageError(f"--recipe {path}: {error}.") from error
     names = [field.name for field in fields(Recipe)]
     found = {name: getattr(module, name) for name in names if hasattr(module, name)}
     if not found:

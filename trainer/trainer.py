@@ -25,7 +25,7 @@ from trainer.errors import CheckpointError, NumericalError, UsageError
 from trainer.evaluation import Metrics, evaluate
 from trainer.metrics import Totals, means
 from trainer.model.freezing import check_fingerprint, fingerprint, trained_tensors
-from trainer.processes.together import on_main
+from trainer.processes.together import on_main, print_main
 from trainer.reduction import rehearse, sum_in_order
 from trainer.steps import Batch, Step, check_outputs
 from trainer.storage import checkpoint
@@ -62,7 +62,9 @@ class Trainer:
         model: the whole model, frozen and split; never wrapped. It names the parameters, which it shares with the tail.
         tail: its trainable part; `tail(*inputs)` returns logits.
         optimizer: over the model's trainable parameters. Each group keeps the ratio of its learning rate to the highest
-            of all groups. A group may have a "schedule" of its own: progress, 0 to 1, → its learning rate.
+            of all groups. A group may have a "schedule" of its own: progress, 0 to 1, → its learning rate. One with
+            methods `train` and `eval`, such as schedule-free ones, is in train mode during steps, and in eval mode
+            during evaluations and saves: its weights of eval mode are those that are evaluated, saved and exported.
         plan: batch sizes; progress is counted in global samples.
         config: `epochs` and `clip_norm`, and whatever the recipe takes from it.
         recipe: its `step`, `learning_rate`, `metrics` and `score`; see trainer/recipe.py.
@@ -105,6 +107,8 @@ class Trainer:
         self.plan, self.recipe, self.seed, self.exact = plan, recipe, seed, exact
         self.configure(config)
         self.step_function, self.metrics_function, self.score = recipe.step(config), recipe.metrics, recipe.score
+        if not callable(self.lr) or not callable(self.step_function):
+            raise UsageError("learning_rate(config) and step(config) return functions: see trainer/recipe.py.")
         self.about, self.fingerprint = {"data": {}, **about}, fingerprint(model)
         self.epoch = self.step = self.samples = self.skipped_samples = 0
         self.rate = 0.0
@@ -208,6 +212,7 @@ class Trainer:
 
     def _update(self, window: list[int], share: list[Micro], batches: Iterator[Batch]) -> None:
         """One optimizer step: forward and backward of this process's micro-batches, reduction, update."""
+        self.optimizer.train()
         self.rate = self._set_rates(self.samples - self.skipped_samples, len(window))
         if self.exact:
             sum_in_order(self, window, share, batches)
@@ -294,6 +299,7 @@ class Trainer:
             source: features of the validation set.
             between: called after each batch, the same number of times on every process.
         """
+        self.optimizer.eval()
         model = self.accelerator.unwrap_model(self.tail)  # the wrapper would wait for processes that have no batch left
         self._agree_on_buffers()
         self._trunk_batch = getattr(source, "batch", None) or self.plan.micro_batch
@@ -325,6 +331,7 @@ class Trainer:
 
     def state(self) -> checkpoint.State:
         """What a checkpoint holds; see `checkpoint.KEYS` (a collective)."""
+        self.optimizer.eval()
         totals = self.totals.over_processes(self.accelerator)
         scaler = self.accelerator.scaler
         state = {
@@ -394,6 +401,9 @@ class Trainer:
             was, now = state["data"].get(part), self.about["data"].get(part)
             if was != now:
                 raise CheckpointError(f"the checkpoint has other data for {part}: {was}; this run has {now}.")
+        self.optimizer.eval()  # as it was saved
+        if lines := checks.recipe_differences(state["recipe"], self.about.get("recipe", {})):
+            print_main(*lines)
         live, optimizer = trained_tensors(self.model), self.optimizer.optimizer
         checkpoint.check_tensors(state["model"], live)
         optimizer.load_state_dict(positional_state(state["optimizer"], optimizer, self.model))

@@ -32,15 +32,19 @@ def test_several_runs_are_compared(digits_run, tmp_path):
     assert "other" in page
 
 
-def test_labels_that_are_no_classes_are_refused(digits_run, tmp_path):
+def test_labels_that_are_no_classes_have_a_page_of_curves(digits_run, tmp_path, capsys):
     recipe = tmp_path / "recipe.py"
     recipe.write_text(
         "import torch\nfrom trainer.recipe import images as plain\ndef images(config, *, seed):\n"
         "    train, val = plain(config, seed=seed)\n    val.labels = torch.tensor(val.labels).float()\n"
         "    return train, val\n"
     )
-    with pytest.raises(UsageError, match="its labels are no classes"):
-        report(Report((str(digits_run),), recipe=str(recipe)))
+    page = report(Report((str(digits_run),), recipe=str(recipe), output=str(tmp_path / "page.html"))).read_text()
+    assert "its answers are no classes; the page has its curves and settings" in capsys.readouterr().out
+    assert "<h2>Curves" in page or "Curves</h2>" in page
+    assert "Confusion" not in page
+    with pytest.raises(UsageError, match="is no run of a classifier, and only those can be compared"):
+        report(Report((str(digits_run), str(digits_run)), recipe=str(recipe)))
 
 
 def test_the_command(digits_run, program, tmp_path):

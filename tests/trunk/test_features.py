@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -53,11 +55,12 @@ def make(tiny, tmp_path):
         stamp: str = "one",
         seed: int = 0,
         trunk: torch.nn.Module = trunk,
+        transform: Callable[[torch.Tensor], torch.Tensor] = _same,
         **views: int | None,
     ) -> Features:
         source = _Images(images, stamp)
         datasets = {
-            name: KeyedDataset(source, source.labels, _same if count == 1 else _augment, seed=seed, views=count)
+            name: KeyedDataset(source, source.labels, transform if count == 1 else _augment, seed=seed, views=count)
             for name, count in (views or {"val": 1}).items()
         }
         cache_dir = str(tmp_path / "features") if lasting else None
@@ -214,6 +217,19 @@ def test_anything_that_features_depend_on_makes_them_others(make, tiny):
     assert not found(val=1, batch=8)
     tiny.conv.weight.data += 1
     assert not found(val=1)
+
+
+def test_features_are_those_of_the_code_of_a_transform_and_not_of_its_address(make, capsys):
+    def brighter(by: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda image: image + by
+
+    first = make(lasting=True, transform=brighter(1)).open("val")
+    again = make(lasting=True, transform=brighter(1)).open("val")
+    assert "features found" in capsys.readouterr().out
+    other = make(lasting=True, transform=brighter(2)).open("val")
+    assert "features found" not in capsys.readouterr().out
+    assert _equal(_whole(first, 0), _whole(again, 0))
+    assert not _equal(_whole(first, 0), _whole(other, 0))
 
 
 def test_a_damaged_entry_is_computed_again(make, tmp_path, caplog):

@@ -33,6 +33,8 @@ class Inspect:
     """Side of the images that shapes and multiply-adds are for, in pixels."""
     num_classes: int = 1000
     """Classes of a model that is given by name."""
+    recipe: str | None = None
+    """Python file of the run's recipe, if it was trained with --recipe."""
 
 
 @dataclass

@@ -14,6 +14,7 @@ from trainer.commands import loaded as loading
 from trainer.commands.arguments import Evaluate
 from trainer.commands.text import columns, shorten, table
 from trainer.config import SpeedConfig, from_dict
+from trainer.data.files import Decoded
 from trainer.data.images import Images
 from trainer.data.loader import KeyedDataset, Workers
 from trainer.data.open import load_test
@@ -70,6 +71,8 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
         accelerator, partial(load_test, command.data, state["classes"], root=root) if command.data else own
     )
 
+    if command.data and images.path(0) and (len(loaded.input.mean), loaded.input.max_value) != (3, 255):
+        images = Decoded(images, loaded.input.decode)
     if config.speed.fast_decode:
         images.shrink(2 * loaded.input.resize)
     _, transform = functions.transforms(config.data, loaded.input)

@@ -226,7 +226,7 @@ _WRITERS = {
 @torch.no_grad()
 def _program(loaded: Loaded, cases: list[Case], raw: bool) -> torch.export.ExportedProgram:
     """The model as a graph, for any number of images; `raw`: with the preprocessing, for any size of them."""
-    model, example, dims = loaded.model, cases[-1][0].expand(2, -1, -1, -1), {0: torch.export.Dim("batch")}
+    model, example, dims = loaded.model, cases[-1][0][[0, 0]], {0: torch.export.Dim("batch")}
     if raw:
         model = nn.Sequential(Preprocess(loaded.input), model).eval()
         dims |= {2: torch.export.Dim("height"), 3: torch.export.Dim("width")}

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import textwrap
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ from trainer.commands import tensors
 from trainer.commands.arguments import Inspect
 from trainer.commands.diff import difference, difference_text
 from trainer.commands.text import columns, listed, number, shape, short_number, shorten, table
-from trainer.config import from_dict
-from trainer.errors import UsageError
-from trainer.model.classifiers import build_model, input_spec, model_names
+from trainer.config import WeightsConfig, from_dict
+from trainer.errors import UsageError, first_sentence
+from trainer.model.classifiers import Classifier, build_model, input_spec, model_names
 from trainer.model.freezing import freeze
 from trainer.model.restoring import NO_BASE
 from trainer.model.split import split_model
 from trainer.model.weights import find_enum
+from trainer.recipes import load_recipe
 
 _SHOWN = ("epoch", "step", "samples", "metrics", "classes", "base", "freeze_plan", "config", "compute")
+_OTHER = "not at hand: give --recipe FILE, as in training (trainer/recipe.py builds one with other tensors)"
 Row = dict[str, Any]
 
 
@@ -49,7 +52,9 @@ def inspect(command: Inspect) -> None:
         if target not in model_names() and os.path.exists(os.path.expanduser(target)):
             report = _file(loading.find(target), command)
         else:  # a name that is no model's is an error that lists similar ones
-            report = _model(command, target, command.train or ("head",), command.image_size, command.num_classes)
+            with torch.device("meta"):
+                built = build_model(target, command.num_classes, weights="none", image_size=command.image_size)
+            report = _model(command, built, target, train=command.train or ("head",))
         text = _text(report, command, pattern)
     for part in ("modules", "parameters"):
         if part in report:
@@ -58,35 +63,47 @@ def inspect(command: Inspect) -> None:
 
 
 def _file(path: Path, command: Inspect) -> dict[str, Any]:
-    """A file; of a checkpoint or an export also its model, if that can be built by name."""
+    """A file; of a checkpoint or an export also its model, if that can be built."""
     held, state = tensors.open_file(path)
     report = {"path": str(path), "bytes": path.stat().st_size, "holds": tensors.rows(held)}
     if state is None:
         return report
     report |= {key: state[key] for key in _SHOWN}
-    if state["base"].get("source") == "module":
-        return report
+    recipe, own = load_recipe(command.recipe), state["base"].get("source") == "module"
+    if not recipe.builds(state):
+        return report | {"no_model": NO_BASE}
     config = from_dict(state["config"], str(path))
-    name, plan = config.model.model, state["freeze_plan"]
-    wanted = command.image_size or config.data.image_size
-    size = input_spec(name, state["base"].get("weights", "none"), wanted).size
-    return report | _model(command, name, command.train or plan["train"], size, len(state["classes"]))
+    name, size = config.model.model, command.image_size or config.data.image_size
+    size = size if own else input_spec(name, state["base"].get("weights", "none"), size).size
+    try:
+        with torch.device("meta"):
+            none = WeightsConfig("none")
+            built = recipe.model(config.model, none, state["classes"], image_size=size, seed=config.run.seed)
+        name = type(built.model).__name__ if own else name
+        found = _model(command, built, name, train=command.train or state["freeze_plan"]["train"])
+    except (RuntimeError, ValueError) as error:
+        if not own and state["classes"]:
+            raise
+        why = _OTHER if not own else f"{name} does not take a batch of single images: {first_sentence(error)}"
+        return report | {"no_model": why}
+    held, here = ({row["name"]: row["shape"] for row in rows} for rows in (report["holds"], found["parameters"]))
+    same = all(here.get(parameter) == held.get(parameter) for parameter in state["freeze_plan"]["trainable"])
+    return report | (found if same else {"no_model": _OTHER})
 
 
-def _model(
-    command: Inspect, name: str, train: tuple[str, ...], image_size: int | None, num_classes: int
-) -> dict[str, Any]:
-    """A model by name: its modules, its parameters, what trains, and where it would be cut."""
-    with torch.device("meta"):
-        classifier = build_model(name, num_classes, weights="none", image_size=image_size)
-    model, size, head = classifier.model, classifier.input.size, classifier.head
+def _model(command: Inspect, built: Classifier, name: str, *, train: Sequence[str]) -> dict[str, Any]:
+    """A model: its modules, its parameters, what trains, and where it would be cut."""
+    model, size, head = built.model, built.input.size, built.head
     plan = freeze(model, train, head=head)
     if command.save_plan is not None:
         plan.save(os.path.expanduser(command.save_plan))
+    shape = (len(built.input.mean), size, size)
     try:
-        modules = _modules(model, size)
-        cut = split_model(model, torch.empty(2, 3, size, size, device="meta"))
+        modules = _modules(model, shape)
+        cut = split_model(model, torch.empty(2, *shape, device="meta"))
     except RuntimeError as error:
+        if name not in model_names():
+            raise
         default = find_enum(name, "default")
         least = default.meta["min_size"][0] if default else "more"
         raise UsageError(f"image_size is {size}: {name} takes {least} pixels or more ({error}).") from error
@@ -95,7 +112,7 @@ def _model(
     return report | {"parameters": tensors.rows(dict(model.named_parameters()))}
 
 
-def _modules(model: nn.Module, size: int) -> list[Row]:
+def _modules(model: nn.Module, shape: tuple[int, ...]) -> list[Row]:
     """One row per module with everything inside it, the model itself first; multiply-adds are of one image."""
     modules = dict(model.named_modules())
     modes = {name: "train" if module.training else "eval" for name, module in modules.items()}
@@ -110,7 +127,7 @@ def _modules(model: nn.Module, size: int) -> list[Row]:
     torch.backends.mha.set_fastpath_enabled(False)  # it makes one operation of an attention, which is not counted
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.eval()(torch.empty(1, 3, size, size, device="meta"))
+            model.eval()(torch.empty(1, *shape, device="meta"))
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         for hook in hooks:
@@ -136,9 +153,9 @@ def _text(report: dict[str, Any], command: Inspect, pattern: re.Pattern[str]) ->
     if "epoch" not in report and "path" in report:
         return "\n".join(tensors.line(row) for row in report["holds"] if pattern.search(row["name"]))
     lines = [*_checkpoint(report), ""] if "path" in report else []
-    if "model" not in report:  # of the user's own code
+    if "no_model" in report:
         lines += [tensors.line(row) for row in report["holds"] if pattern.search(row["name"])]
-        return "\n".join([*lines, "", *_wrapped("model", NO_BASE)])
+        return "\n".join([*lines, "", *_wrapped("model", report["no_model"])])
     if command.names:
         lines += [tensors.line(row) for row in report["parameters"] if pattern.search(row["name"])]
     else:

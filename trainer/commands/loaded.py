@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torchvision import models
 
 from trainer.config import from_dict
-from trainer.data.images import decode, to_rgb
+from trainer.data.images import to_rgb
 from trainer.data.transforms import InputSpec
 from trainer.errors import CheckpointError, UsageError, first_sentence
 from trainer.model.classifiers import builder_arguments, model_names
@@ -96,16 +96,17 @@ class Transform:
     Attributes:
         resize: the evaluation transform of the recipe: uint8 [C, H, W] to uint8 [C, S, S].
         normalize: uint8 [..., C, H, W] to float32, on the device.
+        decode: the path of an image to uint8 [C, H, W], or int32 for a model of 12 or 16 bits.
     """
 
     def __init__(self, spec: InputSpec, resize: Callable[[Tensor], Tensor], device: torch.device):
         self.resize, self.normalize, self.device = resize, spec.normalize(device), device
-        self._channels, self._bytes = len(spec.mean), spec.max_value == 255
+        self.decode, self._channels, self._bytes = spec.decode, len(spec.mean), spec.max_value == 255
 
     def __call__(self, image: AnyImage) -> Tensor:
         """One image to [C, S, S], a batch [..., C, H, W] to [..., C, S, S]; UsageError if it is neither."""
         if isinstance(image, str | os.PathLike):
-            image = decode(image)
+            image = self.decode(image)
         elif isinstance(image, Image.Image):
             image = to_rgb(image)
         fits = isinstance(image, Tensor) and image.ndim > 2 and image.shape[-3] == self._channels
@@ -127,9 +128,10 @@ def load(
 ) -> Loaded:
     """Load a trained model, with its classes and its transform; takes and raises the same as `load_frozen`.
 
-    No parameter requires a gradient: outputs need no `.detach()`.
+    No parameter requires a gradient: outputs need no `.detach()`. Prints what differs from the recipe of the training.
     """
     loaded = load_frozen(run_or_file, device=device, weights=weights, recipe=recipe)
+    print_differences(loaded.recipe, loaded.about)
     loaded.model.requires_grad_(False)
     return loaded
 
@@ -173,9 +175,10 @@ def load_frozen(
         classifier = recipe.restore(state, weights=weights)
         model, spec, builder = classifier.model, classifier.input, None
         state["base"] = classifier.base  # where they are now
-        if recipe.model is Recipe().model:
+        if recipe.model is Recipe().model and classifier.base["source"] != "module":
             transforms_input = getattr(model, "transform_input", False)
             builder = stock_arguments(config.model.model, len(classes), spec.size, transform_input=transforms_input)
+            builder = builder if _is_stock(model, builder) else None
     del state["model"]
     model.eval().to(device)
     _, resize = recipe.transforms(config.data, spec)
@@ -194,6 +197,15 @@ def stock_arguments(name: str, num_classes: int, size: int, *, transform_input: 
     if "init_weights" in arguments:
         arguments["init_weights"] = False  # values that are replaced at once; left unset it warns
     return arguments
+
+
+def _is_stock(model: nn.Module, builder: dict[str, Any]) -> bool:
+    """Whether a model has the tensors of torchvision's: trainer/recipe.py may have been edited."""
+    if not builder["num_classes"]:
+        return False
+    with torch.device("meta"):
+        expected = {name: value.shape for name, value in stock(builder).state_dict().items()}
+    return expected == {name: value.shape for name, value in model.state_dict().items()}
 
 
 def _merged(path: Path, about: dict[str, Any], recipe: Recipe) -> tuple[nn.Module, InputSpec, dict[str, Any] | None]:
@@ -217,7 +229,7 @@ def _merged(path: Path, about: dict[str, Any], recipe: Recipe) -> tuple[nn.Modul
         with torch.device("meta"):  # before memory is taken for sizes that only the description names
             checkpoint.check_tensors(about["model"], stock(builder).state_dict())
         model = stock(builder)
-    elif recipe.model is Recipe().model:
+    elif not recipe.builds(about):
         raise UsageError(f"{path}: {NO_BASE}")
     else:
         model = recipe.classifier(from_dict(about["config"], str(place)), about["classes"]).model

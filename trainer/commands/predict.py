@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from trainer.commands.arguments import Predict
-from trainer.commands.loaded import Loaded, load, print_differences
+from trainer.commands.loaded import Loaded, load
 from trainer.commands.text import columns, shorten
-from trainer.data.images import EXTENSIONS, decode, left_by_programs, printable
-from trainer.errors import DataError, UsageError, check_least
+from trainer.data.images import EXTENSIONS, left_by_programs, printable
+from trainer.errors import DataError, UsageError, check_least, first_sentence
 from trainer.processes.cores import cores_here
 from trainer.storage import files
 
@@ -41,7 +41,6 @@ def predict(command: Predict) -> None:
     if csv_file:
         _check_writable(csv_file)
     loaded = load(command.run, weights=command.weights, device=command.device, recipe=command.recipe)
-    print_differences(loaded.recipe, loaded.about)
     rows, problems = [], []
     for path, result in classify(loaded, found, batch_size=command.batch_size, workers=command.workers):
         if isinstance(result, str):
@@ -95,7 +94,13 @@ def classify(
         rows = iter(())
         if images:
             batch = torch.stack(images).to(loaded.transform.device)  # [B, 3, S, S]
-            rows = iter(loaded.model(loaded.transform.normalize(batch)).float().cpu())
+            try:
+                rows = iter(loaded.model(loaded.transform.normalize(batch)).float().cpu())
+            except (RuntimeError, ValueError) as error:
+                if done or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                given = f"a batch of images {list(batch.shape)}: {first_sentence(error)}"
+                raise UsageError(f"the model does not take {given}. Call trainer.load(...).model yourself.") from error
         for result in results:
             yield paths[done], result if isinstance(result, str) else next(rows)
             done += 1
@@ -105,14 +110,15 @@ class _Files(Dataset):
     """For each file its image, uint8 [3, S, S], or the reason why it cannot be read."""
 
     def __init__(self, loaded: Loaded, paths: list[str]):
-        self.paths, self.resize = paths, loaded.transform.resize  # no tensor on a GPU: workers get a copy
+        # No tensor on a GPU: workers get a copy.
+        self.paths, self.resize, self.decode = paths, loaded.transform.resize, loaded.transform.decode
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor | str:
         try:
-            return self.resize(decode(self.paths[index]))
+            return self.resize(self.decode(self.paths[index]))
         except DataError as error:
             return str(error)
 

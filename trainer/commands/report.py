@@ -14,7 +14,7 @@ from trainer.commands.arguments import Report
 from trainer.commands.evaluate import validation_images
 from trainer.config import from_dict
 from trainer.data.loader import BatchLoader, KeyedDataset
-from trainer.errors import UsageError
+from trainer.data.transforms import InputSpec
 from trainer.processes.cores import cores_here
 from trainer.report import Facts, compare, render
 from trainer.report.heatmap import cam
@@ -30,7 +30,7 @@ def report(command: Report) -> Path:
         The file.
 
     Raises:
-        UsageError, CheckpointError, DataError: a run or its images cannot be used, or its labels are no classes.
+        UsageError, CheckpointError, DataError: a run or its images cannot be used, or cannot be compared.
         OSError: the file cannot be written.
     """
     facts = [_facts(run, command) for run in command.runs]
@@ -48,20 +48,21 @@ def _facts(run: str, command: Report) -> Facts:
     loaded = loading.load(run, weights=command.weights, recipe=command.recipe)
     config = from_dict(loaded.about["config"], str(loaded.path))
     images = validation_images(loaded.about, loaded.recipe)
-    if isinstance(images.labels, Tensor):
-        raise UsageError(f"{run}: its labels are no classes; a report needs one class for each image.")
     dataset = KeyedDataset(images, loaded.recipe.transforms(config.data, loaded.input)[1], seed=0)
     logits, maps = _outputs(loaded, dataset)
-    weight = _head(loaded.model, maps)
+    classes = not isinstance(images.labels, Tensor) and logits.shape[1:] == (len(loaded.classes),)
+    if not classes:
+        print(f"{run}: its answers are no classes; the page has its curves and settings.")
+    weight = _head(loaded.model, maps) if classes else None
     best = logits.argmax(dim=1).tolist()
     home = loaded.path.parent.parent
     return Facts(
         title=home.name if loaded.path.parent.name == "checkpoints" else loaded.path.name,
         classes=loaded.classes,
-        labels=torch.tensor(images.labels),
-        logits=logits,
+        labels=torch.tensor(images.labels) if classes else None,
+        logits=logits if classes else None,
         names=[images.key(index) for index in range(len(images))],
-        thumbnail=lambda index: torch.as_tensor(dataset[0, index]["image"]),
+        thumbnail=lambda index: _thumbnail(torch.as_tensor(dataset[0, index]["image"]), loaded.input),
         heat_map=None if weight is None or maps is None else lambda index: cam(maps[index], weight[best[index]]),
         features=None if weight is None or maps is None else maps.mean((2, 3)),
         history=_history(home),
@@ -70,6 +71,13 @@ def _facts(run: str, command: Report) -> Facts:
         | {"python": sys.version.split()[0]},
         command=f"accelerate launch --config_file FILE train.py --config {home.name}/config.yaml",
     )
+
+
+def _thumbnail(image: Tensor, spec: InputSpec) -> Tensor:
+    """uint8 [3, H, W], or [1, H, W], of an image of any depth and channels, or the first of a pair."""
+    image = image.flatten(0, -4)[0] if image.ndim > 3 else image
+    image = image[:3] if len(image) > 2 else image[:1]
+    return image if image.dtype == torch.uint8 else (image * (255 / spec.max_value)).clamp(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()

@@ -58,8 +58,7 @@ def _verified(file: Path, weights: str | None, recipe: Recipe) -> str:
 
 def _load(file: Path, weights: str | None, recipe: Recipe) -> bool:
     """Load a file for its errors; False if its model is the user's own code, and no recipe with it was given."""
-    own = loading.read(file)["base"].get("source") == "module"
-    if own and recipe.model is Recipe().model:
+    if not recipe.builds(loading.read(file)):
         return False
-    loading.load(file, device="cpu", weights=weights, recipe=recipe)
+    loading.load_frozen(file, device="cpu", weights=weights, recipe=recipe)
     return True

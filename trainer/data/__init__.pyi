@@ -1,6 +1,7 @@
 from .bad_images import check_images as check_images
 from .datasets import Digits as Digits
 from .datasets import TorchvisionImages as TorchvisionImages
+from .files import Decoded as Decoded
 from .files import FileImages as FileImages
 from .folders import FolderImages as FolderImages
 from .images import Images as Images

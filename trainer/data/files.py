@@ -2,11 +2,11 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from trainer.data.images import Images, decode, printable
+from trainer.data.images import Images, Subset, decode, printable
 
 
 class FileImages(Images):
@@ -41,3 +41,21 @@ class FileImages(Images):
             status = os.stat(file)
             sha256.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
         return sha256.hexdigest()
+
+
+class Decoded(Subset):
+    """Images of files, decoded in another way: grey, of 16 bits, or of a format of your own.
+
+    Args:
+        images: each with a `path`.
+        decode: a path to `[C, H, W]`, such as `functools.partial(trainer.decode, channels=1)`.
+    """
+
+    def __init__(self, images: Images, decode: Callable[[str], Tensor]):
+        super().__init__(images, range(len(images)))
+        self.decode = decode
+
+    def __getitem__(self, index: int) -> Tensor:
+        path = self.path(index)
+        assert path is not None, "images without files"
+        return self.decode(path)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode, v2
 
+from trainer.data.images import decode
 from trainer.data.sampling import kept_randomness, random_key, seed_all
 from trainer.errors import UsageError
 
@@ -44,6 +45,16 @@ class InputSpec:
     def square(cls, size: int, **values: Any) -> "InputSpec":
         """For a module of your own: crops of `size` pixels, cut from images of 256/224 of it."""
         return cls(size, round(size * 256 / 224), **values)
+
+    def decode(self, path_or_file: Any) -> Tensor:
+        """An image file with the channels and the depth of what the model takes; takes and raises the same as `decode`.
+
+        Raises:
+            UsageError: the model takes pixels that no file has.
+        """
+        if self.max_value < 255:
+            raise UsageError(f"the model takes pixels up to {self.max_value:g}, a file has others: give tensors.")
+        return decode(path_or_file, channels=len(self.mean), depth=8 if self.max_value == 255 else 16)
 
     def train_transform(self, augment: str) -> Callable[[Tensor], Tensor]:
         """See the function of this name."""

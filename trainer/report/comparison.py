@@ -26,10 +26,12 @@ def compare(runs: Sequence[Facts]) -> str:
         the text of a self-contained HTML file (UTF-8).
 
     Raises:
-        UsageError: fewer than two runs.
+        UsageError: fewer than two runs, or a run whose answers are no classes.
     """
     if len(runs) < 2:
         raise UsageError(f"{len(runs)} run to compare: expected two or more.")
+    if other := [run.title for run in runs if run.logits is None]:
+        raise UsageError(f"{other[0]} is no run of a classifier, and only those can be compared.")
     titles = [f"{at}. {run.title}" for at, run in enumerate(runs, start=1)]
     given = [answers(run.logits, run.labels) for run in runs]
     parts = [("Results", _results(runs, titles, given)), ("Differences in settings", _differences(runs, titles))]

@@ -59,7 +59,7 @@ class Facts:
         title: of the page, such as the name of the run.
         classes: C names, in the order of the logits.
         labels: `[N]`, the true class of each validation image, 0 to C-1.
-        logits: `[N, C]`, the model's answers before softmax.
+        logits: `[N, C]`, the model's answers before softmax. None, as the labels are then: they are no classes.
         names: N names of images, such as paths within the data folder.
         thumbnail: from the index of an image, the image as a PIL image or a uint8 tensor `[3, H, W]`, of any size. It
             should show the part that the model saw, so that a heat map lies where it belongs. Where it raises OSError
@@ -100,6 +100,8 @@ class Facts:
         for name in ("labels", "logits", "features"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, as_numpy(getattr(self, name)))
+        if self.logits is None:
+            return
         images = len(self.labels)
         if self.labels.ndim != 1 or self.logits.shape != (images, len(self.classes)):
             raise UsageError(

@@ -26,16 +26,20 @@ def render(facts: Facts) -> str:
     Returns:
         the text of a self-contained HTML file (UTF-8), below 5 MB for up to 1,000 classes.
     """
-    given = answers(facts.logits, facts.labels)
-    found = scores(given)
-    parts = [
-        ("Result", _result(found)),
-        ("Curves", _curves(facts)),
-        ("Classes", _classes(facts, found)),
-        ("Confusion", _confusion(facts, found)),
-        ("Images", gallery(facts, given)),
-        ("Calibration", _calibration(found)),
-        ("Map of the images", _map(facts, given)),
+    parts = [("Curves", _curves(facts))]
+    if facts.logits is not None:
+        given = answers(facts.logits, facts.labels)
+        found = scores(given)
+        parts = [
+            ("Result", _result(found)),
+            *parts,
+            ("Classes", _classes(facts, found)),
+            ("Confusion", _confusion(facts, found)),
+            ("Images", gallery(facts, given)),
+            ("Calibration", _calibration(found)),
+            ("Map of the images", _map(facts, given)),
+        ]
+    parts += [
         ("Time", _time(facts)),
         ("Search of the head", _search(facts)),
         ("Audit of the data", _audit(facts)),

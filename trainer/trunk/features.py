@@ -7,6 +7,7 @@ image, so which of the two a run can use depends on the augmentation alone.
 
 import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -26,6 +27,7 @@ from tqdm import tqdm
 from trainer.config import SpeedConfig
 from trainer.data.loader import BatchLoader, KeyedDataset, Workers
 from trainer.data.sampling import BatchPlan, Request
+from trainer.model.freezing import digest
 from trainer.model.split import Uncut
 from trainer.processes.together import gather, on_each_machine, on_main, print_main
 from trainer.steps import Batch
@@ -67,6 +69,7 @@ class ComputedFeatures:
         self.loader = BatchLoader(dataset, workers=workers.count, pin_memory=pin_memory, timeout=workers.timeout)
         self.dataset, self.trunk, self.normalize, self.views = dataset, trunk, normalize, dataset.views
         self.device, self.workers = accelerator.device, workers.count
+        self._probe: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -86,13 +89,21 @@ class ComputedFeatures:
         return cache.key_of(
             trunk=self.trunk.fingerprint(),
             images=self.dataset.images.stamp(),
-            transform=repr(self.dataset.transform),
+            transform=re.sub(r" at 0x\w+", "", repr(self.dataset.transform)),  # no addresses of functions
+            pixels=self._pixels(),
             normalize=[value.tolist() for _, value in self.normalize.named_buffers()],
             views=(self.views, self.dataset.seed if (self.views or 0) > 1 else None),
             versions=(torch.__version__, torchvision.__version__, PIL.__version__),
             device=torch.cuda.get_device_name() if self.device.type == "cuda" else self.device.type,
             **more,
         )
+
+    def _pixels(self) -> list[str]:
+        """Hashes of a few images as they come from the transform: other code of the user's makes others of them."""
+        if self._probe is None:
+            places = range(0, len(self), max(len(self) // 8, 1))
+            self._probe = [digest(torch.as_tensor(self.dataset[0, place]["image"])) for place in places]
+        return self._probe
 
 
 class CachedFeatures:
