@@ -48,7 +48,7 @@ def main(config: Config) -> None:
         sample,
         {"val": val_set, "train": train_set},
         config=config.speed,
-        epochs=optim.settled().epochs,
+        epochs=int(optim.settled().epochs),
         plan=plan,
         exact=exact,
         folder=run.path / "features",

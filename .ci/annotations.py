@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LIMIT = 125
+LIMIT = 0
 
 if __name__ == "__main__":
     command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, "--outputjson"]

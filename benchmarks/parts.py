@@ -188,7 +188,7 @@ def decode(args: argparse.Namespace) -> None:
     preset, resize = models.get_model_weights("resnet50").DEFAULT.transforms(), round(args.size * 256 / 224)
     ours, _ = trainer.load_data(args.data)
     spec = InputSpec(args.size, resize, tuple(preset.mean), tuple(preset.std))
-    keyed, normalize = trainer.KeyedDataset(ours, ours.labels, spec.eval_transform(), seed=0), spec.normalize()
+    keyed, normalize = trainer.KeyedDataset(ours, spec.eval_transform(), seed=0), spec.normalize()
     requests = [[(0, index) for index in some.tolist()] for some in torch.arange(len(ours)).split(32)]
     chain = [transforms.Resize(resize), transforms.CenterCrop(args.size), transforms.ToTensor()]
     chain = transforms.Compose([*chain, transforms.Normalize(preset.mean, preset.std)])
@@ -265,7 +265,7 @@ def extract(args: argparse.Namespace) -> None:
     ours, _ = trainer.load_data(args.data)
     classifier = trainer.build_model(args.model, len(ours.classes), weights=str(args.weights), image_size=args.size)
     spec, workers = classifier.input, trainer.Workers.of(accelerator, None, minutes=0)
-    images, normalize = trainer.KeyedDataset(ours, ours.labels, spec.eval_transform(), seed=0), spec.normalize()
+    images, normalize = trainer.KeyedDataset(ours, spec.eval_transform(), seed=0), spec.normalize()
     trainer.freeze(classifier.model, ["head"], head=classifier.head)
     sample = normalize(images.some(8))
     trunk = trainer.split_model(classifier.model, sample[:1]).trunk

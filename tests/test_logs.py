@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensors import Tensors
 
 from trainer import config as settings
 from trainer.data.loader import KeyedDataset
@@ -152,7 +153,7 @@ def _shown(folder, images, labels, outputs, classes, monkeypatch) -> list[list[t
     loop, source = _loop(0, of_epoch=4), CachedFeatures((outputs,), torch.tensor(labels))
     loop.outputs = lambda source, some: next(source.batches([some], epoch=0))["inputs"][0]
     with Logs(loop, folder) as logs:
-        dataset = KeyedDataset(images, labels, lambda image: image, seed=0)
+        dataset = KeyedDataset(Tensors(images, labels), lambda image: image, seed=0)
         logs.show_predictions(loop, source, dataset, classes, prediction)
     return captions
 
@@ -181,7 +182,7 @@ def _tracked_twice(folder, name: str) -> list[str]:
             _train(logs, loop, steps)
             loop.outputs = lambda source, some: torch.tensor([[9.0, 0.0]] * len(some))
             images = torch.zeros(4, 3, 8, 8, dtype=torch.uint8)
-            dataset = KeyedDataset(images, [0, 1] * 2, lambda image: image, seed=0)
+            dataset = KeyedDataset(Tensors(images, [0, 1] * 2), lambda image: image, seed=0)
             logs.show_predictions(loop, [0] * 4, dataset, ["cat", "dog"], prediction)
             assert not logs._broken
         ids.append(json.loads((folder / "trackers.json").read_text())[name])

@@ -28,7 +28,7 @@ _DEMO = {"image_size": 64, "workers": 0, "weights": "none", "label_smoothing": 0
 _MEANT = {"learning_rate": "lr", "batch": "batch_size", "arch": "model", "backbone": "model", "wd": "weight_decay"}
 
 
-def parse(description: str = "", arguments: list[str] | None = None) -> Config:
+def parse(description: str | None = None, arguments: list[str] | None = None) -> Config:
     """The settings of a command line; prints help or one message, and exits (2 for a mistake), if there are none.
 
     Args:
@@ -38,7 +38,7 @@ def parse(description: str = "", arguments: list[str] | None = None) -> Config:
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         with no_broken_pipe():
-            return _layers(arguments, description)
+            return _layers(arguments, description or "")
     except UsageError as error:
         if speaks():
             print(f"error: {error}", file=sys.stderr)

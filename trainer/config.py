@@ -223,7 +223,7 @@ class Config:
 # How a run was started, not what it is: not stored with it, so that its config.yaml repeats the run elsewhere.
 START = ("output", "resume", "overwrite", "override", "config")
 PATHS = ("data", "data_root", "weights", "recipe", "cache_dir", "output", "resume", "config")
-_GROUPS = {group.name: group.default_factory for group in fields(Config) if group.name != "given"}
+_GROUPS: dict[str, Any] = {group.name: group.default_factory for group in fields(Config) if group.name != "given"}
 GROUP_OF = {setting.name: group for group, kind in _GROUPS.items() for setting in fields(kind)}
 _FORMER = {"name": "model"}  # as checkpoints of version 0.1 call it
 
@@ -340,7 +340,8 @@ def update(config: Config, settings: Mapping[str, Any], source: str) -> Config:
     converted = {}
     for name, value in settings.items():
         kind = get_type_hints(_GROUPS[GROUP_OF[name]])[name]
-        value = tuple(value) if isinstance(value, list) and get_origin(kind) is tuple else value
+        if isinstance(value, list) and get_origin(kind) is tuple:
+            value = tuple(value)
         if float in (kind, *get_args(kind)) and type(value) in (int, str):  # YAML reads 1e-3, without a point, as text
             value = _number(value)
         try:
@@ -402,7 +403,7 @@ def _words(kind: Any) -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}".replace("NoneType", "null").removeprefix(" or ")
 
 
-def _number(value: int | str) -> Any:
+def _number(value: Any) -> Any:
     try:
         return float(value)
     except OverflowError:  # an int with hundreds of digits

@@ -50,14 +50,14 @@ def evaluate(
         if batch := next(batches, None):
             values = step(tail, batch)
             totals.add(values)
-            if metrics is not None:
-                seen.append((batch["index"].cpu(), values.get("outputs"), batch["label"].cpu()))
+            if metrics is not None and (outputs := values.get("outputs")) is not None:
+                seen.append((batch["index"].cpu(), outputs, batch["label"].cpu()))
         between()
     sums = totals.over_processes(accelerator)
     assert sums["samples"] == len(source), f"evaluated {sums['samples']} samples of {len(source)}"
     result = means(sums)
     if metrics is not None:
-        seen = [(index, outputs.cpu(), label) for index, outputs, label in seen if outputs is not None]
+        seen = [(index, outputs.cpu(), label) for index, outputs, label in seen]
         every = [part for parts in gather(accelerator, seen) for part in parts]
         more = on_main(accelerator, lambda: _whole(metrics, every, len(source)))
         if both := result.keys() & more.keys():

@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
-from tqdm import auto
+from tqdm import asyncio, auto
 
 from trainer.data.loader import KeyedDataset
 from trainer.errors import is_lost_worker
@@ -29,7 +29,7 @@ from trainer.trunk.features import Source
 
 log = logging.getLogger(__name__)
 
-_IN_NOTEBOOK = auto.tqdm is not auto.asyncio_tqdm  # with ipywidgets
+_IN_NOTEBOOK = auto.tqdm is not asyncio.tqdm  # with ipywidgets
 Describe = Callable[..., tuple[str, dict[str, Any]]]  # see `recipe.prediction`
 
 
@@ -135,8 +135,10 @@ class Logs:
         captions = []
         for index, output in zip(some, loop.outputs(source, some).cpu(), strict=True):
             label, (text, _) = images.labels[index], describe(output, classes, top=1)
-            is_class = isinstance(label, int) and output.shape == (len(classes),)
-            captions.append((text, output.argmax().item() == label, classes[label]) if is_class else (text, True, ""))
+            if isinstance(label, int) and output.shape == (len(classes),):
+                captions.append((text, output.argmax().item() == label, classes[label]))
+            else:
+                captions.append((text, True, ""))
         picture = prediction_grid(pixels, captions)
         for tracker in self.accelerator.trackers:
             self._quietly(add_picture, tracker, picture, step=loop.step)

@@ -23,8 +23,8 @@ class Loop(Protocol):
     optimizer: Any
     plan: BatchPlan
     trainable: dict[str, nn.Parameter]
-    try_one_image: bool
-    arrange_buckets: bool
+    try_one_image: Any
+    arrange_buckets: Any
 
     def backward(self, micro: Micro, batch: Batch, *, scale: float) -> None: ...
 

@@ -6,6 +6,7 @@ metric. It returns one value per *sample*, not their mean, so that means over st
 """
 
 from collections.abc import Callable
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,18 @@ from torch import Tensor, nn
 
 from trainer.errors import UsageError
 
-# "inputs": a tuple of tensors [B, ...] for `model(*inputs)`; "label": int64 [B]; "index": int64 [B], in the dataset.
-Batch = dict[str, Tensor | tuple[Tensor, ...]]
+
+class Batch(TypedDict):
+    """Features of some samples, with their labels."""
+
+    inputs: tuple[Tensor, ...]
+    """For `model(*inputs)`: `[B, ...]` each."""
+    label: Tensor
+    """int64 `[B]` for classes; float `[B]`, `[B, C]` or any `[B, ...]` for other targets."""
+    index: Tensor
+    """int64 `[B]`: places in the dataset."""
+
+
 Step = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 

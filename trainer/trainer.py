@@ -43,10 +43,14 @@ def due(step: int, every: int | None) -> bool:
 class TrainingRecipe(Protocol):
     """The parts of a recipe that a Trainer uses."""
 
-    step: Callable[[OptimConfig], Step]
-    learning_rate: Callable[[OptimConfig], Callable[[float], float]]
-    metrics: Metrics | None
-    score: Callable[[dict[str, float]], float]
+    @property
+    def step(self) -> Callable[[OptimConfig], Step]: ...
+    @property
+    def learning_rate(self) -> Callable[[OptimConfig], Callable[[float], float]]: ...
+    @property
+    def metrics(self) -> Metrics | None: ...
+    @property
+    def score(self) -> Callable[[dict[str, float]], float]: ...
 
 
 class Trainer:
@@ -225,7 +229,7 @@ class Trainer:
         # Reduced gradients are the same on every process, so is their norm, and so is this decision. With a scaler
         # an infinite norm is expected now and then: it skips the update and lowers its scale.
         if self.clip_norm or self.accelerator.scaler is not None:
-            norm = self.accelerator.clip_grad_norm_(self.trainable.values(), self.clip_norm or math.inf)
+            norm: Any = self.accelerator.clip_grad_norm_(self.trainable.values(), self.clip_norm or math.inf)
         else:
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainable.values() if p.grad is not None])
         if self.accelerator.scaler is None and not math.isfinite(norm):
@@ -292,7 +296,7 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------- evaluation
 
-    def evaluate(self, source: Source, *, between: Callable[[], None] = lambda: None) -> dict[str, float]:
+    def evaluate(self, source: Source, *, between: Callable[[], Any] = lambda: None) -> dict[str, float]:
         """The metrics of a validation set, each sample counted once, on every process (a collective).
 
         Args:

@@ -8,25 +8,18 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from tensors import Tensors
 from torchvision.transforms import v2
 
 from trainer.config import DataConfig
 from trainer.data.bad_images import check_images
-from trainer.data.images import Images, Subset, decode
+from trainer.data.images import Subset, decode
 from trainer.data.loader import BatchLoader, KeyedDataset
 from trainer.data.open import check_labels, load_data, open_data, stratified_split
 from trainer.data.transforms import InputSpec, Normalize, eval_transform, is_random, train_transform
 from trainer.errors import DataError, UsageError
 
 SPEC = InputSpec(8, 9, (0.5,), (0.25,), "bilinear", max_value=4095)
-
-
-class Tensors(Images):
-    def __init__(self, images, labels, classes=()):
-        self.images, self.labels, self.classes = images, labels, classes
-
-    def __getitem__(self, index):
-        return self.images[index]
 
 
 LABELS = {

@@ -3,6 +3,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from tensors import Tensors
 
 from trainer.data.loader import BatchLoader, KeyedDataset
 from trainer.data.sampling import BatchPlan, epoch_order, kept_randomness, random_key, seed_all
@@ -104,7 +105,7 @@ class _Noise:
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_any_number_of_workers_gives_the_same_bytes(workers):
     images = torch.randint(0, 255, (10, 3, 4, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    dataset = KeyedDataset(images, list(range(10)), _Noise(), seed=3)
+    dataset = KeyedDataset(Tensors(images, list(range(10))), _Noise(), seed=3)
     state = torch.get_rng_state()
     loader = BatchLoader(dataset, workers=workers)
     first = list(loader([[(0, 1), (0, 2)], [(0, 3)]]))
@@ -121,7 +122,7 @@ def test_any_number_of_workers_gives_the_same_bytes(workers):
 
 def test_a_loader_left_in_the_middle_starts_anew():
     images = torch.zeros(10, 3, 2, 2, dtype=torch.uint8)
-    loader = BatchLoader(KeyedDataset(images, list(range(10)), lambda image: image, seed=0), workers=1)
+    loader = BatchLoader(KeyedDataset(Tensors(images, list(range(10))), lambda image: image, seed=0), workers=1)
     next(loader([[(0, 1)], [(0, 2)], [(0, 3)]]))
     assert [batch["index"].item() for batch in loader([[(0, 7)], [(0, 8)]])] == [7, 8]
 

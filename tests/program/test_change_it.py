@@ -15,7 +15,7 @@ BLOCKS = dict(re.findall(r"^<!-- change: (\w+) -->\n```python\n(.*?)^```$", PAGE
 DATA = {"csv": "table.csv", "dataset": "arrays.npz", "grey": "grey", "deep": "deep"}
 IMAGES = {"grey": "grey/a/0.png", "deep": "deep/a/0.png"}
 OPTIONS = {"network": ["--train", "all"], "grey": ["--train", "head", "conv1"], "rotation": ["--augment", "flip"]}
-LINE = "            logs.end_epoch(loop, best=best)\n"
+LINE = "                logs.end_epoch(loop, best=best)\n"
 
 
 def lines_of(text):

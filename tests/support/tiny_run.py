@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate.utils import gather_object
 from networks import TinyNet
+from tensors import Tensors
 
 import trainer
 from trainer.config import OptimConfig, SpeedConfig
@@ -136,15 +137,15 @@ def run(options: argparse.Namespace) -> None:
         about={"freeze_plan": freeze_plan.to_dict(), "classes": ["a", "b", "c"], "base": {}, "config": {}},
     )
     sample = normalize(images[:2].to(accelerator.device))
-    train_set = trainer.KeyedDataset(
-        images, labels, (lambda image: image) if options.cache else augment, seed=0, views=1 if options.cache else None
-    )
+    transform, views = ((lambda image: image), 1) if options.cache else (augment, None)
+    train_set = trainer.KeyedDataset(Tensors(images, labels), transform, seed=0, views=views)
+    val_set = trainer.KeyedDataset(Tensors(images[:23], labels[:23]), lambda image: image, seed=0)
     features = trainer.Features(
         accelerator,
         parts.trunk,
         normalize,
         sample,
-        {"val": trainer.KeyedDataset(images[:23], labels[:23], lambda image: image, seed=0), "train": train_set},
+        {"val": val_set, "train": train_set},
         config=SpeedConfig(cache_memory=2 if options.cache else 0),
         epochs=options.epochs,
         plan=plan,

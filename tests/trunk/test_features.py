@@ -60,7 +60,7 @@ def make(tiny, tmp_path):
     ) -> Features:
         source = _Images(images, stamp)
         datasets = {
-            name: KeyedDataset(source, source.labels, transform if count == 1 else _augment, seed=seed, views=count)
+            name: KeyedDataset(source, transform if count == 1 else _augment, seed=seed, views=count)
             for name, count in (views or {"val": 1}).items()
         }
         cache_dir = str(tmp_path / "features") if lasting else None

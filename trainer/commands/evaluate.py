@@ -25,6 +25,7 @@ from trainer.model.split import split_model
 from trainer.processes.startup import start
 from trainer.processes.together import gather, main_first, print_main
 from trainer.recipes import Recipe, load_recipe
+from trainer.steps import Batch
 from trainer.storage import checkpoint
 from trainer.trunk.features import Features
 
@@ -76,7 +77,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     if config.speed.fast_decode:
         images.shrink(2 * loaded.input.resize)
     _, transform = functions.transforms(config.data, loaded.input)
-    dataset, normalize = KeyedDataset(images, images.labels, transform, seed=0), loaded.transform.normalize
+    dataset, normalize = KeyedDataset(images, transform, seed=0), loaded.transform.normalize
     sample = normalize(dataset.some(8).to(accelerator.device))
     parts = split_model(loaded.model, sample[:1])
     if config.speed.compile_tail:
@@ -98,7 +99,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     tail = accelerator.unwrap_model(accelerator.prepare_model(parts.tail, evaluation_mode=True))  # in its precision
     plain, seen = functions.step(config.optim), []
 
-    def step(model: nn.Module, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def step(model: nn.Module, batch: Batch) -> dict[str, torch.Tensor]:
         values = plain(model, batch)
         numbers = {name: value.cpu() for name, value in values.items() if name != "outputs"}
         seen.append({"label": batch["label"].cpu(), **numbers})

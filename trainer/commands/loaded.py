@@ -213,7 +213,8 @@ def _merged(path: Path, about: dict[str, Any], recipe: Recipe) -> tuple[nn.Modul
     place, given = path.with_name(ABOUT), about.get("builder")
     try:
         # JSON has lists for tuples
-        spec = InputSpec(**{key: tuple(v) if isinstance(v, list) else v for key, v in about["input"].items()})
+        fields: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in about["input"].items()}
+        spec = InputSpec(**fields)
         if given is None:
             builder = None
         else:  # only what an export writes: the file may be a stranger's, and torchvision would download `weights`

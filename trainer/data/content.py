@@ -10,6 +10,7 @@ import hashlib
 import os
 import zlib
 from collections.abc import Iterator
+from typing import TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -21,15 +22,21 @@ _SAMPLE = 1000  # files, about, of which the beginning is read; of fewer than th
 _BEGINNING = 64 * 1024  # bytes
 
 
-def content(images: Images) -> dict[str, int | str]:
+class Content(TypedDict):
+    """What images are, in a few bytes; to be stored, and compared by `differing`."""
+
+    images: int
+    """Their number."""
+    groups: str
+    """The two tables, in base 85."""
+
+
+def content(images: Images) -> Content:
     """What the images are: names, labels, the sizes of their files, and of up to a thousand the first 64 KiB.
 
     The same wherever the files lie and whenever they were written. A million files cost a million calls of stat. What
     it cannot see: among thousands of files, one of the same size as before that is not in the sample; and images that
     are no files (`Images.path` is None), of which only names and labels count.
-
-    Returns:
-        "images": their number; "groups": the two tables, in base 85. To be stored, and compared by `differing`.
 
     Raises:
         DataError: a file cannot be read; names it.
@@ -49,7 +56,7 @@ def content(images: Images) -> dict[str, int | str]:
     return {"images": len(images), "groups": base64.b85encode(tables.astype("<u4").tobytes()).decode()}
 
 
-def differing(images: Images, here: dict[str, int | str], stored: dict[str, int | str]) -> list[str]:
+def differing(images: Images, here: Content, stored: Content) -> list[str]:
     """The names of the images that may have changed since `content` was stored; seldom one too many.
 
     Args:

@@ -102,7 +102,8 @@ def _open_torchvision(name: str, root: str, arguments: dict[str, Any]) -> Torchv
     # download=True leaves alone what is there. With our loader, these files are decoded by the rules of `decode`.
     offered = {"download": True, "loader": decode}
     arguments = {key: offered[key] for key in offered.keys() & constructor_keywords(cls)} | arguments
-    part = arguments.get("split"), {True: "train", False: "test"}.get(arguments.get("train"))
+    train = arguments.get("train")
+    part = arguments.get("split"), None if train is None else "train" if train else "test"
     try:
         images = TorchvisionImages(" ".join(filter(None, (name, *part))), cls(root, **arguments))
         if len(images):

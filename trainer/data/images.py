@@ -17,7 +17,7 @@ from torch import Tensor
 from trainer.errors import DataError, UsageError
 
 with contextlib.suppress(ImportError):  # an optional package: HEIC, the photos of telephones
-    import pillow_heif
+    import pillow_heif  # pyright: ignore[reportMissingImports]  # optional
 
     pillow_heif.register_heif_opener()
 
@@ -110,8 +110,10 @@ class Subset(Images):
     def __init__(self, images: Images, indices: Iterable[int]):
         self.images, self.indices = images, list(indices)
         labels = images.labels
-        values = isinstance(labels, Tensor)
-        self.labels = labels[self.indices] if values else [labels[index] for index in self.indices]
+        if isinstance(labels, Tensor):
+            self.labels = labels[self.indices]
+        else:
+            self.labels = [labels[index] for index in self.indices]
         self.classes = images.classes
 
     def __getitem__(self, index: int) -> Tensor:
@@ -180,10 +182,10 @@ def decode(
     ):
         if side is not None and image.format == "JPEG":
             factor = max(side / min(image.size), 1e-9)
-            image.draft(None, tuple(math.ceil(length * factor) for length in image.size))
+            image.draft(None, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
         key = image.info.get("transparency")
         if image.format == "PNG" and key is not None:  # Pillow scales the pixels to 8 bits, but not this colour
-            raw = image.tile[0][3] if image.tile else ""
+            raw = _raw_mode(image)
             if raw in ("L;2", "L;4"):
                 image.info["transparency"] = key * 255 // (2 ** int(raw[-1]) - 1)
             elif raw == "RGB;16B":
@@ -218,9 +220,8 @@ def _open(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
     try:
         return Image.open(path_or_file, formats=_FORMATS)
     except UnidentifiedImageError:
-        with (
-            contextlib.nullcontext(path_or_file) if hasattr(path_or_file, "read") else open(path_or_file, "rb") as file
-        ):
+        is_path = isinstance(path_or_file, str | os.PathLike)
+        with open(path_or_file, "rb") if is_path else contextlib.nullcontext(path_or_file) as file:
             file.seek(0)
             head = file.read(12)
         kind = _BRANDS.get(head[8:12], "") if head[4:8] == b"ftyp" else ""
@@ -249,9 +250,15 @@ def _grey16(image: Image.Image) -> np.ndarray:
     return grey
 
 
+def _raw_mode(image: Image.Image) -> str:
+    """How the file of an image holds its pixels, such as "RGB;16B"; empty if it is not known."""
+    tile = getattr(image, "tile", None)
+    return str(tile[0][3]) if tile else ""
+
+
 def _to_channels(image: Image.Image, channels: int, depth: int) -> Tensor:
     """A Pillow image as [channels, H, W]: uint8, or int32 with the values of 16 bits."""
-    raw = str(image.tile[0][3]) if image.tile else ""  # how the file holds its pixels, such as "RGB;16B"
+    raw = _raw_mode(image)
     if depth == 16 and ";16" in raw and not image.mode.startswith("I"):
         raise DataError("16-bit colour, of which only 8 bits can be read: store it as grey, or decode with depth=8")
     image = _upright(image)

@@ -3,9 +3,11 @@
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from trainer.data.images import Images
@@ -33,6 +35,15 @@ class Workers:
         return cls(cores_per_process(accelerator) if count is None else count, 60 * minutes)
 
 
+class Sample(TypedDict):
+    """One image under its transform."""
+
+    image: Tensor
+    """`[..., C, S, S]`."""
+    label: int | Tensor
+    index: int
+
+
 class KeyedDataset(Dataset):
     """Images under a transform whose randomness depends on (seed, epoch, index) alone.
 
@@ -44,23 +55,22 @@ class KeyedDataset(Dataset):
             epoch.
     """
 
-    def __init__(self, images: Images, *transform: Callable, seed: int, views: int | None = 1):
-        *labels, self.transform = transform  # (images, labels, transform, seed=...) for images without labels
-        self.images, self.seed, self.views = images, seed, views
-        self.labels: list[int] | torch.Tensor = labels[0] if labels else images.labels
+    def __init__(self, images: Images, transform: Callable[[Tensor], Tensor], *, seed: int, views: int | None = 1):
+        self.images, self.transform, self.seed, self.views = images, transform, seed, views
+        self.labels = images.labels
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def some(self, count: int) -> torch.Tensor:
+    def some(self, count: int) -> Tensor:
         """A batch of its first images, at most `count`: `[B, ..., C, S, S]`, such as uint8 `[B, 3, S, S]`."""
         return torch.stack([self[0, index]["image"] for index in range(min(count, len(self)))])
 
-    def __getitem__(self, request: Request) -> dict[str, torch.Tensor | int]:
+    def __getitem__(self, request: Request) -> Sample:
         with kept_randomness():
             return self.item(request)
 
-    def item(self, request: Request) -> dict[str, torch.Tensor | int]:
+    def item(self, request: Request) -> Sample:
         """As `self[request]`, inside `kept_randomness`: to keep it once for a batch takes less time."""
         epoch, index = request
         seed_all(random_key(self.seed, "augment", epoch, index), devices=False)
@@ -101,7 +111,7 @@ class BatchLoader:
             generator=torch.Generator(),  # else every iterator draws a number from torch's global generator
         )
 
-    def __call__(self, batches: list[list[Request]]) -> Iterator[dict[str, torch.Tensor]]:
+    def __call__(self, batches: list[list[Request]]) -> Iterator[dict[str, Tensor]]:
         """Load batches, in order.
 
         Yields:
@@ -126,7 +136,7 @@ class _Reporting(Dataset):
     def __init__(self, dataset: KeyedDataset):
         self.dataset = dataset
 
-    def __getitems__(self, requests: list[Request]) -> list[dict[str, torch.Tensor | int]] | Exception:
+    def __getitems__(self, requests: list[Request]) -> list[Sample] | Exception:
         samples, errors = [], []
         with kept_randomness():
             for request in requests:
@@ -142,7 +152,7 @@ class _Reporting(Dataset):
         return DataError(f"{errors[0]}{more}. To omit such images, train anew with --bad-images skip")
 
 
-def _collate(samples: list[dict[str, torch.Tensor | int]] | Exception) -> dict[str, torch.Tensor] | Exception:
+def _collate(samples: list[Sample] | Exception) -> dict[str, Tensor] | Exception:
     if isinstance(samples, Exception):
         return samples
     # As decoders return them, colour by colour of each pixel: putting them side by side is all there is to do.

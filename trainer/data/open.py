@@ -16,7 +16,7 @@ from torch import Tensor
 
 from trainer.config import DataConfig, SpeedConfig
 from trainer.data.bad_images import check_images
-from trainer.data.content import content, differing
+from trainer.data.content import Content, content, differing
 from trainer.data.datasets import TORCHVISION, Digits, load_torchvision
 from trainer.data.folders import load_folder
 from trainer.data.images import Images, Subset, counted, listed, printable
@@ -24,7 +24,7 @@ from trainer.data.loader import KeyedDataset, Workers
 from trainer.data.sampling import kept_randomness
 from trainer.data.transforms import InputSpec, is_random
 from trainer.errors import DataError, UsageError
-from trainer.processes.together import assert_same, gather, main_first, raise_together
+from trainer.processes.together import assert_same, gather, main_first, on_each_machine
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ class Data:
     name: str
     skipped: list[list[str]] = field(default_factory=lambda: [[], []])
     origin: str = ""
-    content: list[dict[str, int | str]] = field(default_factory=list)
+    content: list[Content] = field(default_factory=list)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -70,18 +70,18 @@ class Data:
                 are compared.
         """
         here, problems = self.about(), []
-        old = stored.get("content") or [None, None]
+        old: list[Content | None] = stored.get("content") or [None, None]
         new = self.content or [None, None]
         for part, images, now, then in zip(("training", "validation"), (self.train, self.val), new, old, strict=True):
-            known = now is not None and then is not None
-            if here[part] == stored[part] and (not known or now == then):
+            if here[part] == stored[part] and (now is None or then is None or now == then):
                 continue
             what = "names or labels" if here[part] != stored[part] else "files"
             problem = f"the {part} images have other {what} than the run had"
-            if known and now["images"] != then["images"]:
-                problem += f": {now['images']:,}, not {then['images']:,}"
-            if known and (names := differing(images, now, then)):
-                problem += f"; it may be {listed(names, 8)}"
+            if now is not None and then is not None:
+                if now["images"] != then["images"]:
+                    problem += f": {now['images']:,}, not {then['images']:,}"
+                if names := differing(images, now, then):
+                    problem += f"; it may be {listed(names, 8)}"
             problems.append(problem)
         if not problems and here["skipped"] != stored.get("skipped", [[], []]):
             problems.append("the run left out other images")
@@ -94,7 +94,7 @@ class Data:
         text = f"{self.name}: {len(self.train):,} training, {len(self.val):,} validation images{origin}"
         if self.classes:
             text += f", {len(self.classes):,} class{'es' * (len(self.classes) != 1)}"
-        else:
+        elif isinstance(self.train.labels, Tensor):
             shape = "×".join(map(str, self.train.labels.shape[1:]))
             text += f", labels of {shape} values" if shape else ", one value per label"
         if any(self.skipped):
@@ -212,25 +212,21 @@ def _check_pixels(images: Images, transform: Callable[[Tensor], Tensor], spec: I
         )
 
 
-def _same_content(accelerator: Accelerator, data: Data) -> list[dict[str, int | str]]:
+def _same_content(accelerator: Accelerator, data: Data) -> list[Content]:
     """The content of both parts, read once on each machine; DataError if machines differ (a collective)."""
-    error, mine = None, None
-    if accelerator.is_local_main_process:
-        try:
-            mine = [content(part) for part in (data.train, data.val)]
-        except Exception as exception:
-            error = exception
-    raise_together(accelerator, error)
+    mine = on_each_machine(accelerator, lambda: [content(part) for part in (data.train, data.val)])
     found = gather(accelerator, mine)
+    first = found[0]
+    assert first is not None  # the main process has read it
     for rank, other in enumerate(found):
-        if other is not None and other != found[0]:
-            pairs = zip((data.train, data.val), found[0], other, strict=True)
+        if other is not None and other != first:
+            pairs = zip((data.train, data.val), first, other, strict=True)
             names = [name for part, here, there in pairs for name in differing(part, here, there)]
             raise DataError(
                 f"the machine of process {rank} has other files of the same names; it may be {listed(names, 8)}. "
                 "All machines need the same data."
             )
-    return found[0]
+    return first
 
 
 def load_data(

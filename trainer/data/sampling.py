@@ -65,7 +65,7 @@ class Micro(NamedTuple):
     counts: bool  # False for a filler: a process without work still has to take part in the reduction
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class BatchPlan:
     """How `samples` images become optimizer updates on `processes` processes.
 
@@ -81,33 +81,36 @@ class BatchPlan:
 
     samples: int
     batch_size: int
-    micro_batch: int | None
+    micro_batch: int
     processes: int
 
-    def __post_init__(self) -> None:
-        batch, ranks = self.batch_size, self.processes
-        if batch < 1 or (self.micro_batch is not None and self.micro_batch < 1):
-            raise UsageError(f"batch_size ({batch}) and micro_batch ({self.micro_batch}) must be at least 1.")
-        if self.micro_batch is None:
+    def __init__(self, samples: int, batch_size: int, micro_batch: int | None, processes: int):
+        batch, ranks = batch_size, processes
+        if batch < 1 or (micro_batch is not None and micro_batch < 1):
+            raise UsageError(f"batch_size ({batch}) and micro_batch ({micro_batch}) must be at least 1.")
+        if micro_batch is None:
             if batch % ranks:
                 near = sorted({max(batch // ranks, 1) * ranks, (batch // ranks + 1) * ranks})
                 raise UsageError(
                     f"batch_size {batch} does not divide over {ranks} processes; {' or '.join(map(str, near))} would."
                 )
-            object.__setattr__(self, "micro_batch", batch // ranks)
-        if batch % (self.micro_batch * ranks):
+            micro_batch = batch // ranks
+        if batch % (micro_batch * ranks):
             fits = [m for m in range(1, batch // ranks + 1) if batch % (m * ranks) == 0]
             advice = f"with batch_size {batch}, micro_batch can be {', '.join(map(str, fits))}" if fits else ""
-            unit = self.micro_batch * ranks
+            unit = micro_batch * ranks
             near = sorted({max(batch // unit, 1) * unit, (batch // unit + 1) * unit})
-            advice += f"{'; ' if advice else ''}with micro_batch {self.micro_batch}, batch_size can be "
+            advice += f"{'; ' if advice else ''}with micro_batch {micro_batch}, batch_size can be "
             raise UsageError(
-                f"batch_size {batch} is not micro_batch {self.micro_batch} × {ranks} processes × a whole number; "
+                f"batch_size {batch} is not micro_batch {micro_batch} × {ranks} processes × a whole number; "
                 f"{advice}{' or '.join(map(str, near))}."
             )
-        if self.samples < ranks:
-            few = f"{self.samples} training image{'s are' if self.samples != 1 else ' is'} too few"
+        if samples < ranks:
+            few = f"{samples} training image{'s are' if samples != 1 else ' is'} too few"
             raise UsageError(f"{few} for {ranks} processes; use fewer processes.")
+        values = {"samples": samples, "batch_size": batch, "micro_batch": micro_batch, "processes": ranks}
+        for name, value in values.items():
+            object.__setattr__(self, name, value)  # it is frozen
 
     @property
     def accumulation(self) -> int:

@@ -147,9 +147,9 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], *, max_value: float = 255):
         super().__init__()
-        mean, std = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
-        self.register_buffer("scale", (1 / (max_value * std)).float(), persistent=False)
-        self.register_buffer("shift", (-mean / std).float(), persistent=False)
+        centre, width = (torch.tensor(values, dtype=torch.float64).view(1, -1, 1, 1) for values in (mean, std))
+        self.register_buffer("scale", (1 / (max_value * width)).float(), persistent=False)
+        self.register_buffer("shift", (-centre / width).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         if images.ndim != 4:  # views, pairs, or one image
@@ -157,7 +157,7 @@ class Normalize(nn.Module):
             return self(images.reshape(-1, *images.shape[-3:])).reshape(*leading, *images.shape[-3:])
         width, channels = images.shape[3], images.shape[1]
         rows = images.permute(0, 2, 3, 1).flatten(2)  # [B, H, W·C]: long rows, to be fast
-        scale, shift = (value.flatten().repeat(width) for value in (self.scale, self.shift))
+        scale, shift = (self.get_buffer(name).flatten().repeat(width) for name in ("scale", "shift"))
         rows = rows.to(torch.float32, copy=True)
         torch.addcmul(shift, rows, scale, out=rows)  # in place: new memory takes longer than the arithmetic
         return rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
@@ -178,5 +178,5 @@ class _Shorten(nn.Module):
 
 def _generators() -> tuple[object, ...]:
     """The state of the random generators that a transform may use, to be compared."""
-    name, words, *rest = np.random.get_state()
-    return random.getstate(), (name, words.tobytes(), *rest), torch.get_rng_state().numpy().tobytes()
+    _, words, *rest = np.random.get_state(legacy=True)
+    return random.getstate(), (np.asarray(words).tobytes(), *rest), torch.get_rng_state().numpy().tobytes()

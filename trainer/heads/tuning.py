@@ -69,8 +69,9 @@ def tune(loop: Trainer, train: Source, config: Config, run: Run, *, between: Cal
     if loop.step or not any(getattr(optim, name) == "auto" for name in OPEN):
         return
     if optim.lr == "auto":
-        reason = obstacle(loop, train, optim)
-        choice = None if reason else search(loop, train, optim, between)
+        choice, reason = None, "the features of the training images are not kept"
+        if isinstance(train, CachedFeatures) and not (reason := obstacle(loop, train, optim)):
+            choice = search(loop, train, optim, between)
         if choice is None:
             print_main(f"lr      {optim.settled().lr:g}, not searched for: {reason or 'that would take long'}")
         else:
@@ -87,11 +88,9 @@ def tune(loop: Trainer, train: Source, config: Config, run: Run, *, between: Cal
     on_main(loop.accelerator, run.write_config, loop.about["config"])
 
 
-def obstacle(loop: Trainer, train: Source, optim: OptimConfig) -> str:
+def obstacle(loop: Trainer, train: CachedFeatures, optim: OptimConfig) -> str:
     """Why there can be no search for this run; empty if there can be one."""
     tail = loop.accelerator.unwrap_model(loop.tail)
-    if not isinstance(train, CachedFeatures):
-        return "the features of the training images are not kept"
     if train.labels.is_floating_point() or train.labels.ndim != 1:
         return "the labels are no classes"
     if loop.accelerator.scaler is not None:

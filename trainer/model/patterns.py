@@ -107,11 +107,12 @@ def read(path: Path) -> tuple[str, ...]:
         content = _rules_of(content)
     if not content or content == {"rules": []} or content == {"rules": None}:
         raise UsageError(f"the freeze plan {path} is empty; {expected}.")
-    if not isinstance(content, dict) or content.keys() != {"rules"} or not isinstance(content["rules"], list):
+    listed = content.get("rules") if isinstance(content, dict) else None
+    if not isinstance(content, dict) or content.keys() != {"rules"} or not isinstance(listed, list):
         found = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
         raise UsageError(f"the freeze plan {path} holds {found}; {expected}.")
     rules: list[str] = []
-    for place, rule in enumerate(content["rules"], start=1):
+    for place, rule in enumerate(listed, start=1):
         kind, patterns = next(iter(rule.items())) if isinstance(rule, dict) and len(rule) == 1 else (None, None)
         patterns = [patterns] if isinstance(patterns, str) else patterns
         # No name begins with a dash, but a flag does, and on the command line these would be some.
@@ -119,7 +120,7 @@ def read(path: Path) -> tuple[str, ...]:
         if kind not in ("train", "freeze") or not fits:
             shown = reprlib.repr(rule)[:200]  # short: YAML can name one list many times
             raise UsageError(f"rule {place} of {path} is {shown}; expected train: or freeze: with names or patterns.")
-        rules += [FREEZE * (kind == "freeze") + pattern for pattern in patterns]
+        rules += [FREEZE * (kind == "freeze") + pattern for pattern in patterns or ()]
     return tuple(rules)
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -34,7 +35,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
         DataError: damaged, or something else than tensors; says what was found.
     """
     try:
-        state = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else archive.load(path)
+        state: Any = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else archive.load(path)
     except Exception as error:  # damaged and foreign files raise nearly anything
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"{first_sentence(error)} ({type(error).__name__})"

@@ -57,7 +57,8 @@ class WeightsFilter:
     def from_dict(cls, values: Mapping[str, Any]) -> "WeightsFilter":
         """The inverse of `to_dict`; also takes the shorter names in older checkpoints."""
         named = {_SHORT.get(name, name): value for name, value in values.items()}
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in named.items()})
+        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in named.items()}
+        return cls(**fields)
 
     @classmethod
     def of(cls, settings: Any) -> "WeightsFilter":

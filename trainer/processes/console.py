@@ -1,5 +1,6 @@
 """The console, which may not know every character."""
 
+import io
 import sys
 
 
@@ -9,5 +10,5 @@ def accept_any_text() -> None:
     Consoles with another encoding than UTF-8 (LANG=C, Windows code pages) would end the program with an error instead.
     """
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a notebook, or a test, may have put something else there
+        if isinstance(stream, io.TextIOWrapper):  # a notebook, or a test, may have put something else there
             stream.reconfigure(errors="backslashreplace")

@@ -13,7 +13,7 @@ _QUOTA = Path("/sys/fs/cgroup/cpu.max")  # microseconds of CPU time in a period 
 
 def cores_per_process(accelerator: "Accelerator") -> int:
     """Returns the CPU cores that this process may use: its share of those of the machine, at least 1."""
-    return max(1, cores_here() // int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+    return max(1, cores_here() // int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes))
 
 
 def cores_here() -> int:

@@ -70,7 +70,7 @@ class Preemption:
         self._saved = time.monotonic()
         self._checked: float | None = None
         self._longest = 0.0  # seconds between two checks
-        self._group = None
+        self._group: Any = None
         if accelerator.num_processes > 1:
             from torch import distributed
 

@@ -7,6 +7,8 @@ from datetime import timedelta
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+from torch import distributed
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # they are public
 
 from trainer.errors import UsageError
 from trainer.processes import launcher
@@ -97,13 +99,13 @@ def _join_again(*, cpu: bool, timeout: timedelta) -> None:
     store for itself.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    group = torch.distributed
-    store = group.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False)
-    store = group.PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
-    backend = "gloo" if cpu else group.get_default_backend_for_device(torch.accelerator.current_accelerator())
-    group.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    store = TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world_size, is_master=False)
+    store = PrefixStore(f"attempt_{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    device = None if cpu else torch.accelerator.current_accelerator()
+    backend = "gloo" if device is None else distributed.get_default_backend_for_device(device)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def precision(accelerator: Accelerator) -> str:
     """The precision of the run, for people: fp32, bf16 or fp16."""
-    return {"no": "fp32"}.get(accelerator.mixed_precision, accelerator.mixed_precision)
+    return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)

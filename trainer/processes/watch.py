@@ -16,8 +16,8 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 
-import torch
 from accelerate import Accelerator
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # they are public
 
 from trainer import errors
 from trainer.errors import Elsewhere, Preempted
@@ -49,8 +49,8 @@ class Watch:
         Watch.current = self
         # A connection of its own: the default store's is taken as long as the main thread waits for something.
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        store = torch.distributed.TCPStore(address, port, is_master=False, wait_for_workers=False)
-        self._store = torch.distributed.PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
+        store = TCPStore(address, port, is_master=False, wait_for_workers=False)
+        self._store = PrefixStore(f"watch/{os.environ.get('TORCHELASTIC_RESTART_COUNT')}", store)
         self._word = ""  # "end" in the last sign
         self._count, self._quiet, self._seen = 0, [0.0] * self.ranks, [b""] * self.ranks
         self._identity = Identity.of()

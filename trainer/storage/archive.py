@@ -112,7 +112,7 @@ def _check_legacy(file: BinaryIO, size: int) -> set[str]:
 def _check_opcodes(program: BinaryIO, size: int, *, plain: bool) -> None:
     for opcode, argument, _ in pickletools.genops(program):
         known = not plain or f" {opcode.name} " in _OPCODES.replace("\n", " ")
-        if not known or (opcode.name == "LONG_BINPUT" and argument > size):
+        if not known or (opcode.name == "LONG_BINPUT" and int(argument or 0) > size):
             raise Refused(f"its pickle uses {opcode.name} as torch.save never does for plain types and tensors")
 
 

@@ -211,14 +211,19 @@ def newest(folder: Path) -> tuple[Path, State] | tuple[None, None]:
 
 def steps(folder: Path) -> list[Path]:
     """The checkpoints of a folder in the order of their steps; other files and links are ignored."""
-    found = [path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)]
-    found = [path for path in found if path.is_file() and not path.is_symlink()]
-    return sorted(found, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+    found = [path for path in folder.glob("step-*.pt") if path.is_file() and not path.is_symlink()]
+    return sorted((path for path in found if _step(path) >= 0), key=_step)
 
 
 def later_than(folder: Path, step: int) -> list[Path]:
     """The checkpoints of a folder after more than `step` updates."""
-    return [path for path in steps(folder) if int(_NAME.fullmatch(path.name)[1]) > step]
+    return [path for path in steps(folder) if _step(path) > step]
+
+
+def _step(path: Path) -> int:
+    """The step in the name of a checkpoint; -1 if it is none of ours."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else -1
 
 
 def prune(folder: Path, *, keep: int) -> None:

@@ -11,7 +11,7 @@ from trainer.storage.state import difference
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
     """An optimizer's state by parameter name; torch's own is by position, where swapped parameters load silently."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {names[parameter]: dict(values) for parameter, values in optimizer.state.items()}
     return {"kind": type(optimizer).__name__, "state": {name: state[name] for name in sorted(state)}}
 

@@ -8,6 +8,7 @@ trained, saved, exported and fingerprinted stays as it is.
 import hashlib
 import logging
 import time
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,7 +49,9 @@ class FastTrunk(nn.Module):
         self._plain = [trunk]  # in a list: no part of this module
         self.dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
         self.module: nn.Module | None = None
-        self._compiled, self._shape, self._fused = None, None, 0
+        self._compiled: Any = None
+        self._shape: torch.Size | None = None
+        self._fused = 0
         self.what = "as it is"
         if accelerator.mixed_precision != "fp16":  # its range is too small for some trunks: autocast knows where
             self._hasten(sample)
@@ -99,7 +102,7 @@ class FastTrunk(nn.Module):
         expected = self(sample)
         try:
             # On a CPU its weights are constants, in the order that suits the CPU.
-            options = {"freezing": sample.device.type == "cpu"}
+            options: dict[str, Any] = {"freezing": sample.device.type == "cpu"}
             module, *_ = self._copy(self.dtype, None)  # the compiler fuses by itself
             self._compiled, self._shape = torch.compile(module, options=options), sample.shape
             _check(self(sample), expected, _TOLERANCE[self.dtype])
@@ -145,7 +148,7 @@ class FastTrunk(nn.Module):
     def _copy(self, dtype: torch.dtype, sample: Tensor | None) -> tuple[nn.Module, int, str]:
         """A faster copy of the trunk; how many convolutions are fused, 0 without a sample; what is done to it."""
         module, folded = folded_copy(self._plain[0])
-        module.to(dtype=dtype, memory_format=torch.channels_last)
+        module.to(dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # the stubs lack it
         fused, what = 0, [f"{folded} BatchNorms folded"]
         if sample is not None:
             with torch.no_grad():

@@ -43,6 +43,7 @@ class Source(Protocol):
 
     def batches(self, indices: Sequence[list[int]], *, epoch: int) -> Iterator[Batch]:
         """One batch for each list of sample indices, in order; `epoch` is the key of the augmentation."""
+        ...
 
 
 class ComputedFeatures:
@@ -87,7 +88,7 @@ class ComputedFeatures:
     def key(self, **more: object) -> str:
         """What its features depend on, as one hash."""
         return cache.key_of(
-            trunk=self.trunk.fingerprint(),
+            trunk=self.trunk.fingerprint(),  # pyright: ignore[reportCallIssue]  # a FastTrunk, as only that is kept
             images=self.dataset.images.stamp(),
             transform=re.sub(r" at 0x\w+", "", repr(self.dataset.transform)),  # no addresses of functions
             pixels=self._pixels(),
@@ -289,8 +290,8 @@ class Features:
         accelerator, samples, rows = self.accelerator, len(computed), like[0][0][0]
         ranks, rank, shared = accelerator.num_processes, accelerator.process_index, outputs is not None
         if shared:
-            ranks, rank = int(os.environ.get("LOCAL_WORLD_SIZE", ranks)), accelerator.local_process_index
-        else:
+            ranks, rank = int(os.environ.get("LOCAL_WORLD_SIZE") or ranks), accelerator.local_process_index
+        if outputs is None:
             outputs = tuple(torch.empty(shape, dtype=dtype, device=computed.device) for shape, dtype in like)
         # Whole batches, of one view each, in contiguous blocks: each process has one slice, and batches are the same on
         # any number of processes.
@@ -325,4 +326,5 @@ class Features:
         for place in range(count):
             computed.dataset[0, place * len(computed) // count]
         decode = (time.perf_counter() - began) / count / max(computed.workers, 1)
-        return max(decode, self.fast.seconds) if computed.device.type == "cuda" else decode + self.fast.seconds
+        trunk = 0.0 if self.fast is None else self.fast.seconds
+        return max(decode, trunk) if computed.device.type == "cuda" else decode + trunk

@@ -6,6 +6,7 @@ Works on copies of fx graphs, in eval mode, which give the same features up to r
 import operator
 from collections import Counter
 from copy import deepcopy
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,7 +29,7 @@ def folded_copy(trunk: nn.Module) -> tuple[fx.GraphModule, int]:
     W' = γ / √(σ² + ε) · W, b' = γ / √(σ² + ε) · (b − μ) + β (Jacob et al., 2018, https://arxiv.org/abs/1712.05877).
     """
     copy = deepcopy(fx.symbolic_trace(trunk))
-    modules = dict(copy.named_modules())
+    modules: dict[Any, Any] = dict(copy.named_modules())
     uses = Counter(node.target for node in copy.graph.nodes if node.op == "call_module")
     folded = 0
     for node in list(copy.graph.nodes):
@@ -78,7 +79,7 @@ def fuse_convolutions(module: fx.GraphModule, sample: Tensor) -> int:
         sample: a few images as the module gets them; their number need not be that of later batches.
     """
     ShapeProp(module).propagate(sample)
-    modules = dict(module.named_modules())
+    modules: dict[Any, Any] = dict(module.named_modules())
 
     def kind(node: fx.Node) -> object:
         return type(modules[node.target]) if node.op == "call_module" else node.target
@@ -96,7 +97,7 @@ def fuse_convolutions(module: fx.GraphModule, sample: Tensor) -> int:
         activation = _ACTIVATIONS.get(kind(after)) if (after := then(end)) is not None else None
         if others and activation is not _RELU:  # the only one that goes with a sum
             activation = None
-        end = end if activation is None else after
+        end = end if activation is None or after is None else after
         conv, name = _FusedConv(modules[node.target], _shape(images), activation), f"fused_{number}"
         module.add_module(name, conv)
         with module.graph.inserting_before(end):
