@@ -63,7 +63,7 @@ def push(folder: Path, repo: str, *, about: dict[str, Any], name: str) -> str:
 def front_matter(about: dict[str, Any], name: str) -> str:
     """What the Hub reads of a model card: library, task, tags, and the metrics of the validation."""
     data = str(public(about["config"]["data"]["data"]))
-    task = {"task_type": "image-classification", "dataset_type": data, "dataset_name": data}
+    task: dict[str, Any] = {"task_type": "image-classification", "dataset_type": data, "dataset_name": data}
     metrics = about["metrics"].get("val", {})
     results = [EvalResult(**task, metric_type=key, metric_value=value) for key, value in sorted(metrics.items())]
     tags = ["accelerate", *filter(None, [(about["builder"] or {}).get("name")])]
