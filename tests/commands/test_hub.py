@@ -95,14 +95,20 @@ def test_an_export_is_pushed_and_can_be_loaded_from_what_was_pushed(digits_run, 
     assert trainer.load(tmp_path / "snapshot")(image) == trainer.load(digits_run)(image)
 
 
-def test_a_hub_that_refuses_leaves_the_export(digits_run, server, tmp_path):
+def test_a_hub_that_refuses_leaves_the_export(server, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", server.address)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
     server.refuses = True
-    done = _push(digits_run, server, tmp_path / "export")
-    assert done.returncode == 74
-    assert "error: cannot push to me/digits: " in done.stderr
-    assert f"The export stands in {tmp_path / 'export'}; push it again with --overwrite." in done.stderr
-    assert "hf_secret" not in done.stderr + done.stdout
-    assert (tmp_path / "export" / "tail.safetensors").exists()
+    for name in ("README.md", "model.json", "tail.safetensors"):
+        (tmp_path / name).write_text("{}")
+    about = {"files": {"tail.safetensors": {}}, "checkpoint": "best.pt", "metrics": {}, "builder": None}
+    about |= {"config": {"data": {"data": "/home/me/photos"}}}
+    with pytest.raises(OSError, match="cannot push to me/digits: ") as caught:
+        hub.push(tmp_path, "me/digits", about=about, name="photos")
+    assert f"The export stands in {tmp_path}; push it again with --overwrite." in str(caught.value)
+    assert "hf_secret" not in str(caught.value)
+    assert (tmp_path / "tail.safetensors").exists()
+    assert "/home/me" not in hub.front_matter(about, "photos")
 
 
 @pytest.mark.parametrize("repo", ["digits", "me/my digits", "me/digits/1"])
