@@ -6,8 +6,13 @@ a traceback; called from a notebook or a test they are ordinary `ValueError`s.
 
 import errno
 import re
-import resource
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+
+resource: Any = None
+with suppress(ImportError):  # Windows has no such limits
+    import resource
 
 
 class UsageError(ValueError):
@@ -77,7 +82,7 @@ def explained(error: Exception) -> Exception:
             "memory (/dev/shm), is full: give fewer --workers. One that times out waits for a file that does not come: "
             "see --timeout. With --workers 0 the process loads its images itself."
         )
-    if isinstance(error, OSError) and error.errno == errno.EMFILE:
+    if isinstance(error, OSError) and error.errno == errno.EMFILE and resource is not None:
         most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return OSError(error.errno, f"{error.strerror}: raise the limit of {most} (ulimit -n) or lower --workers")
     return error

@@ -17,7 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
-from tqdm import asyncio, auto
+from tqdm import auto
+from tqdm.asyncio import tqdm_asyncio
 
 from trainer.data.loader import KeyedDataset
 from trainer.errors import is_lost_worker
@@ -29,7 +30,7 @@ from trainer.trunk.features import Source
 
 log = logging.getLogger(__name__)
 
-_IN_NOTEBOOK = auto.tqdm is not asyncio.tqdm  # with ipywidgets
+_IN_NOTEBOOK = auto.tqdm is not tqdm_asyncio  # with ipywidgets
 Describe = Callable[..., tuple[str, dict[str, Any]]]  # see `recipe.prediction`
 
 

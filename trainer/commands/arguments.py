@@ -103,6 +103,8 @@ class Export:
     """Folder to write; None: export/ in the run, or beside the checkpoint."""
     preprocessing: bool = False
     """Put resizing, cropping and normalisation into program and onnx: they then take uint8 images of any size."""
+    push: Annotated[str | None, arg(metavar="USER/NAME")] = None
+    """Push the export to this repository of the Hugging Face Hub; a new one is private."""
     overwrite: bool = False
     """Replace the files of an export that is there; others in its folder stay."""
     recipe: str | None = None

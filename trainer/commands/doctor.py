@@ -18,7 +18,7 @@ from packaging.version import Version
 from trainer.commands.arguments import Doctor
 from trainer.errors import UsageError
 from trainer.processes import launcher
-from trainer.processes.cores import cores_here
+from trainer.processes.cores import cores_here, has_bf16
 
 OLDEST = {"python": "3.11", "torch": "2.11", "torchvision": "0.26", "accelerate": "1.15", "pillow": "11.3"}
 Finding = tuple[str, str]  # what there is, and what to do about it: nothing, if empty
@@ -71,8 +71,8 @@ def versions() -> Finding:
 def cores() -> Finding:
     """CPU cores that the program may use, and the threads that torch would use."""
     some, threads, given = cores_here(), torch.get_num_threads(), os.environ.get("OMP_NUM_THREADS", "not set")
-    bf16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    found = f"{some} of {os.cpu_count()} may be used, {threads} threads, {'' if bf16 else 'no '}instructions for bf16"
+    bf16 = "" if has_bf16("cpu") else "no "
+    found = f"{some} of {os.cpu_count()} may be used, {threads} threads, {bf16}instructions for bf16"
     if threads > some:  # a container with a quota, where torch counts the cores of the machine
         return found, f"threads would wait for each other (OMP_NUM_THREADS: {given}): export OMP_NUM_THREADS={some}"
     if threads == 1 < some or 2 * threads < some:

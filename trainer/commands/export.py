@@ -27,6 +27,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from trainer.commands import hub
 from trainer.commands.arguments import Export
 from trainer.commands.evaluate import validation_images
 from trainer.commands.loaded import (
@@ -63,9 +64,11 @@ def export(command: Export) -> Path:
         UsageError: an unknown format, a missing package, a folder that exists already, or as `loading.load` raises it.
         DataError: a file computes other logits than the model.
         CheckpointError: as `loading.load` raises it.
-        OSError: a file cannot be written.
+        OSError: a file cannot be written, or not be pushed.
     """
     _check_formats(command.formats)
+    if command.push:
+        hub.check(command.push)
     path = find(command.run)
     if path.name in FORMATS.values():
         raise UsageError(f"{path} is an export itself; expected a run or a checkpoint.")
@@ -106,6 +109,8 @@ def export(command: Export) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     print(f"done: {folder}")
+    if command.push:
+        print(f"pushed: {hub.push(folder, command.push, about=about, name=home.absolute().name)}")
     return folder
 
 

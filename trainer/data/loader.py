@@ -82,7 +82,7 @@ def outlast_signals(worker: int) -> None:
 
     The second SIGTERM ends it: a DataLoader sends one to a worker that does not end by itself.
     """
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    for number in (signal.SIGINT, getattr(signal, "SIGUSR1", signal.SIGINT)):  # which Windows has not
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
 

@@ -1,4 +1,4 @@
-"""How many CPU cores a process may use."""
+"""How many CPU cores a process may use, and what they and a GPU can compute."""
 
 import os
 from contextlib import suppress
@@ -23,3 +23,12 @@ def cores_here() -> int:
         quota, period = _QUOTA.read_text().split()
         cores = min(cores, int(quota) // int(period))
     return max(1, cores)
+
+
+def has_bf16(device: str) -> bool:
+    """Whether devices of a type, such as "cpu", have instructions for bf16: without them it is slower than fp32."""
+    import torch  # here, as this module is imported before it
+
+    if device == "cpu":  # a Mac has no mkldnn
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return device == "cuda" and torch.cuda.is_bf16_supported()

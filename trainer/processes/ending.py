@@ -40,7 +40,8 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
         with suppress(OSError):
             traceback.print_exc()
     if code:  # a data worker that hangs would be waited for, and one that dies now is no news
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for worker in multiprocessing.active_children():
             worker.kill()
     # Not by way of the interpreter's finalization: threads of torch.distributed that want the GIL then are unwound

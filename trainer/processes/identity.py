@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 _PROC = Path("/proc")
+_KILL = getattr(signal, "SIGKILL", signal.SIGTERM)  # Windows has one signal for both
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Identity:
         here = Identity.of(self.pid)
         return "" not in (self.boot, self.namespace, self.began) and here == self and _stat(self.pid)[0] not in "ZX"
 
-    def kill(self, number: signal.Signals = signal.SIGKILL) -> bool:
+    def kill(self, number: signal.Signals = _KILL) -> bool:
         """Sends a signal to this very process, and to no other.
 
         Returns:

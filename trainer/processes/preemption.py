@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BEGAN = time.monotonic()  # seconds; about when the program started, as this is imported before torch
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+_SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # not Windows
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 _TOO_EARLY = "stopped by {} before the training began: nothing is lost, start it again"
 

@@ -12,6 +12,7 @@ from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPri
 
 from trainer.errors import UsageError
 from trainer.processes import launcher
+from trainer.processes.cores import has_bf16
 from trainer.processes.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def _warn(accelerator: Accelerator, *, no_gpu: bool) -> None:
             built,
         )
     on_cpu, bf16 = accelerator.device.type == "cpu", accelerator.mixed_precision == "bf16"
-    if on_cpu and bf16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if on_cpu and bf16 and not has_bf16("cpu"):
         log.warning(
             "bf16 is slower than fp32 on this CPU, which has no instructions for it: launch with --mixed_precision no."
         )

@@ -107,6 +107,9 @@ def _how_it_ended(workers: list[Any]) -> str:
 @contextmanager
 def _no_handler() -> Iterator[None]:
     """Undoes that torch, with the first iterator of a process, handles SIGCHLD."""
+    if not hasattr(signal, "SIGCHLD"):  # Windows
+        yield
+        return
     before = signal.getsignal(signal.SIGCHLD)
     yield
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGCHLD) is not before:

@@ -6,17 +6,21 @@ to record the operations, to fail one, or to die after it.
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
+import signal
 import socket
 import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, BinaryIO
+
+fcntl: Any = None
+with suppress(ImportError):  # Windows has no POSIX locks
+    import fcntl
 
 _YOUNG = 60.0  # seconds in which a new temporary folder may not have its lock yet
 _NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS)  # errors of file systems that have none
@@ -46,6 +50,8 @@ class Ops:
         os.replace(source, target)
 
     def sync_folder(self, folder: Path) -> None:
+        if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders
+            return
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -155,12 +161,13 @@ def lock(path: Path, *, create: bool = True) -> str:
             return ""
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(descriptor)
         except (BlockingIOError, PermissionError):
             text = os.read(descriptor, 1000).decode(errors="replace").strip()
             os.close(descriptor)
             return text or "another process"
         except OSError as error:
+            os.close(descriptor)
             raise OSError(error.errno, error.strerror, str(path)) from error
         if _is_at(path, descriptor):
             break
@@ -181,6 +188,13 @@ def lost_lock(path: Path) -> bool:
     """
     descriptor = _held.get(path.absolute())
     return descriptor is not None and not _is_at(path, descriptor)
+
+
+def _take(file: int | BinaryIO) -> None:
+    """Lock an open file for this process; OSError if another holds it, or there are no locks."""
+    if fcntl is None:
+        raise OSError(errno.ENOLCK, "this system has no POSIX locks")
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _is_at(path: Path, descriptor: int) -> bool:
@@ -248,7 +262,7 @@ def _is_locked(path: Path) -> bool:
         return True
     try:
         with open(path, "r+b") as file:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
     except FileNotFoundError:
         return False
     except OSError:  # held, or the file system cannot say
@@ -266,6 +280,8 @@ def sweep(folder: Path) -> None:
 
 def _is_running(pid: str, began: str) -> bool:
     """Whether the process of that number is the one that began then: containers reuse the same few numbers."""
+    if not hasattr(signal, "SIGKILL"):  # Windows cannot ask: there, signal 0 is Ctrl-C
+        return True
     try:
         os.kill(int(pid), 0)
     except (ValueError, OverflowError, ProcessLookupError):

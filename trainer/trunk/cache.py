@@ -82,7 +82,10 @@ class Entry:
             with open(path, "wb") as file:
                 if size := dtype.itemsize * math.prod(shape):
                     try:
-                        os.posix_fallocate(file.fileno(), 0, size)
+                        if hasattr(os, "posix_fallocate"):
+                            os.posix_fallocate(file.fileno(), 0, size)
+                        else:  # macOS and Windows: a full disk is noticed only while the features are written
+                            file.truncate(size)
                     except OSError as error:
                         raise OSError(error.errno, error.strerror, str(path)) from error
 

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from trainer.model.freezing import digest
+from trainer.processes.cores import has_bf16
 from trainer.processes.together import gather, on_main
 from trainer.trunk.fusion import folded_copy, fuse_convolutions
 
@@ -119,9 +120,7 @@ class FastTrunk(nn.Module):
 
     def gain_of_bf16(self, sample: Tensor) -> float:
         """How many times faster it would be in bf16, measured; 1 where the hardware has none."""
-        on_cpu = sample.device.type == "cpu"
-        has = torch.ops.mkldnn._is_mkldnn_bf16_supported() if on_cpu else torch.cuda.is_bf16_supported()
-        if self.module is None or self.compiled or self.dtype != torch.float32 or not has:
+        if self.module is None or self.compiled or self.dtype != torch.float32 or not has_bf16(sample.device.type):
             return 1.0
         module, seconds = self.module, self._time(sample)
         try:
