@@ -145,10 +145,8 @@ class LinearStack:
         weight, bias = self._names
         every = self.tensors[weight][heads].flatten(2)  # [H, C, D]
         flat, matrix = x.flatten(0, -2), every.flatten(0, 1).T  # [B·P, D], [D, H·C]
-        if bias in self.tensors:
-            out = torch.addmm(self.tensors[bias][heads].flatten(), flat, matrix)
-        else:
-            out = flat @ matrix
+        biased = bias in self.tensors
+        out = torch.addmm(self.tensors[bias][heads].flatten(), flat, matrix) if biased else flat @ matrix
         out, active = out.view(*x.shape[:-1], *every.shape[:2]), x  # [B, (P,) H, C]
         if self._maps:
             if self._relu:
