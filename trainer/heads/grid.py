@@ -199,7 +199,7 @@ def _train(
     heads = stack(tail, rates, tuple(tensor[:1] for tensor in inputs))
     options = {"momentum": course.momentum, "clip_norm": course.clip_norm}
     optimizer = Optimizer(heads.tensors, course.optimizer, lr=rates, weight_decay=each("weight_decay"), **options)
-    smoothing = each("label_smoothing")[:, None]  # [H, 1]
+    smoothing = each("label_smoothing")
     first = tuple(tensor[:samples] for tensor in inputs)
     held: list[_Held] = []
     if folds is not None:
@@ -230,12 +230,13 @@ def _train(
 
 
 def _gradient(logits: Tensor, labels: Tensor, smoothing: Tensor, weights: Tensor) -> Tensor:
-    """That of the heads' weighted cross-entropies: logits `[B, H, C]`, smoothing `[H, 1]`, weights `[B, K]`."""
-    classes = logits.shape[2]
-    target = F.one_hot(labels, classes).to(logits)[:, None] * (1 - smoothing) + smoothing / classes  # [B, H, C]
-    gradient = logits.softmax(dim=2).sub_(target)
-    gradient.view(len(logits), -1, weights.shape[1], classes).mul_(weights[:, None, :, None])
-    return gradient
+    """That of the heads' weighted cross-entropies: logits `[B, H, C]`, smoothing `[H]`, weights `[B, K]`."""
+    batch, heads, classes = logits.shape
+    # Heads last: on a CPU a softmax over the last of few values takes 12 times as long as over a dimension before it.
+    gradient = logits.transpose(1, 2).contiguous().softmax(dim=1).sub_(smoothing / classes)  # [B, C, H]
+    gradient[torch.arange(batch, device=labels.device), labels] -= 1 - smoothing
+    gradient.view(batch, classes, -1, weights.shape[1]).mul_(weights[:, None, None])
+    return gradient.transpose(1, 2).contiguous()
 
 
 def _evaluate(heads: Stack, held: Sequence[_Held], curves: Sequence[Curve], epoch: int) -> None:
