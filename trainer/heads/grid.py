@@ -231,7 +231,7 @@ def _train(
 
 def _gradient(logits: Tensor, labels: Tensor, smoothing: Tensor, weights: Tensor) -> Tensor:
     """That of the heads' weighted cross-entropies: logits `[B, H, C]`, smoothing `[H]`, weights `[B, K]`."""
-    batch, heads, classes = logits.shape
+    batch, _, classes = logits.shape
     # Heads last: on a CPU a softmax over the last of few values takes 12 times as long as over a dimension before it.
     gradient = logits.transpose(1, 2).contiguous().softmax(dim=1).sub_(smoothing / classes)  # [B, C, H]
     gradient[torch.arange(batch, device=labels.device), labels] -= 1 - smoothing
