@@ -182,7 +182,8 @@ def grid_for(
     A head on maps costs a hundred times a linear one, and in runs of some hundred steps the decay hardly matters: there
     it is the smallest of the grid. A tail of several inputs is compared on raw ones alone.
     """
-    few = not isinstance(stack(tail, 1, tuple(tensor[:1] for tensor in inputs)), LinearStack)
+    linear = isinstance(stack(tail, torch.ones(1), tuple(tensor[:1] for tensor in inputs)), LinearStack)
+    few = not linear or inputs[0].ndim > 2
     return default_settings(
         inputs[0],
         optimizer=course.optimizer,

@@ -106,7 +106,7 @@ def obstacle(loop: Trainer, train: CachedFeatures, optim: OptimConfig) -> str:
     if not _is_cross_entropy(loop, tail, train):
         return "the recipe has a loss of its own"
     try:
-        stack(tail, 1, tuple(tensor[:1] for tensor in train.inputs))
+        stack(tail, torch.ones(1), tuple(tensor[:1] for tensor in train.inputs))
     except UsageError as error:
         return str(error)
     return ""
