@@ -133,6 +133,40 @@ def is_random(transform: Callable[[Tensor], Tensor], *images: Tensor) -> bool:
     return False
 
 
+def check_pixels(name: str, image: Tensor, transform: Callable[[Tensor], Tensor], *, spec: InputSpec) -> None:
+    """Check one image as a recipe reads and transforms it: most mistakes here are silent, and spoil what is learned.
+
+    Args:
+        name: of the image.
+        image: as it was decoded.
+        transform: of the recipe.
+        spec: of the model.
+
+    Raises:
+        UsageError: its channels, depth or type are not those of the model.
+    """
+    if not isinstance(image, Tensor):
+        raise UsageError(f"the image {name} is {type(image).__name__}; expected a tensor [C, H, W].")
+    with kept_randomness():
+        result = transform(image.clone())
+    channels, whole = len(spec.mean), not result.is_floating_point()
+    if result.shape[-3] != channels:
+        raise UsageError(
+            f"{name} has {result.shape[-3]} channel(s), and the model takes {channels}: change images() and "
+            "model() of the recipe together. The mean of the model's InputSpec has a number for each channel."
+        )
+    if whole and (result.max() > spec.max_value or (result.dtype == torch.uint8) != (spec.max_value <= 255)):
+        raise UsageError(
+            f"{name} is {result.dtype} with pixels up to {result.max()}, and the model takes them up to "
+            f"{spec.max_value:g}: the max_value of its InputSpec is 255 for 8 bits, and 65535 for 16."
+        )
+    if not whole and not image.is_floating_point() and spec.max_value > 1:
+        raise UsageError(
+            f"transforms() of the recipe made {result.dtype} of {image.dtype}; expected the same. Pixels are divided "
+            f"by {spec.max_value:g} and normalised after it: omit ToDtype and Normalize. Values of your own: InputSpec."
+        )
+
+
 class Normalize(nn.Module):
     """Images to float32 on their device: (x / max_value - mean) / std per channel.
 
