@@ -88,6 +88,13 @@ def test_each_row_of_the_table_has_its_lines_and_its_place():
     assert not sections, "without a row"
 
 
+def test_links_of_the_readme_lead_to_a_heading():
+    names = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text, _ in SECTIONS}
+    links = set(re.findall(r"docs/change-it\.md#([\w-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert links
+    assert links <= names
+
+
 def test_every_example_is_in_the_table():
     for path in (ROOT / "examples").glob("*.py"):
         assert path.stem == "photos" or f"(../examples/{path.name})" in PAGE, path
