@@ -151,6 +151,16 @@ def test_what_a_function_must_not_return_is_said(pictures, program, tmp_path, sa
     assert "Traceback" not in done.stderr
 
 
+def test_a_recipe_may_import_a_file_beside_it(pictures, program, tmp_path):
+    folder = tmp_path / "beside"
+    folder.mkdir()
+    (folder / "my_parts_of_it.py").write_text("def best(val):\n    return val['accuracy']\n")
+    (folder / "mine.py").write_text("import my_parts_of_it\n\ndef score(val):\n    return my_parts_of_it.best(val)\n")
+    options = ["--data", pictures / "classes", *SMALL, "--epochs", "1", "--output", "run"]
+    done = program(*options, "--recipe", "beside/mine.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_recipe_that_cannot_be_read_is_said(tmp_path):
     (tmp_path / "mine.py").write_text("def score(val)\n")
     with pytest.raises(UsageError, match=r"expected ':' \(mine.py, line 1\)"):
