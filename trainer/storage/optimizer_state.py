@@ -67,4 +67,4 @@ def positional_state(saved: dict[str, Any], optimizer: torch.optim.Optimizer, mo
 
 def _same(one: Any, other: Any) -> bool:
     both = isinstance(one, Tensor) and isinstance(other, Tensor)
-    return torch.equal(one, other) if both else type(one) is type(other) and one == other
+    return torch.equal(one, other) if both else type(one) is type(other) and bool(one == other)
