@@ -133,6 +133,19 @@ def is_random(transform: Callable[[Tensor], Tensor], *images: Tensor) -> bool:
     return False
 
 
+def visible(image: Tensor) -> Tensor:
+    """An image of any channels and depth, or the first of several, `[..., C, H, W]`, as a picture: uint8 `[3, H, W]`.
+
+    Of more than 8 bits, it is as bright as its brightest pixel allows.
+    """
+    image = image.flatten(0, -4)[0] if image.ndim > 3 else image
+    image = (image[:3] if len(image) > 2 else image[:1]).expand(3, -1, -1)
+    if image.dtype == torch.uint8:
+        return image
+    image = image.float() - image.min()
+    return (image * (255 / image.max().clamp(min=1e-9))).to(torch.uint8)
+
+
 def check_pixels(name: str, image: Tensor, transform: Callable[[Tensor], Tensor], *, spec: InputSpec) -> None:
     """Check one image as a recipe reads and transforms it: most mistakes here are silent, and spoil what is learned.
 
