@@ -193,7 +193,9 @@ def edited(tmp_path):
 def test_a_model_edited_into_the_recipe_is_found_by_every_command(edited, pictures, program, tmp_path, change):
     mine = edited(CHANGES[change])
     options = ["--data", pictures / "classes", *SMALL, "--epochs", "1", "--output", "run"]
-    assert mine(*options, cwd=tmp_path).returncode == 0
+    done = mine(*options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert change == "another head" or "by the recipe: Net, with its own weights" in done.stdout
     row = use(mine, tmp_path, recipe=[], image=pictures / "0.png")
     assert row["class"] in "ab"
     done = program("evaluate", "--run", "run", cwd=tmp_path, target="trainer")  # as if it was not edited
