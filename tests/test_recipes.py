@@ -118,6 +118,13 @@ from trainer.data import Decoded, decode, load_data
 def images(config, *, seed):
     return tuple(Decoded(part, partial(decode, depth=16)) for part in load_data(config.data))
 """,
+    "makes different images with the same seed": """
+import numpy as np
+
+def transforms(config, spec):
+    plain, generator = spec.eval_transform(), np.random.default_rng(0)
+    return lambda image: plain(image) ^ int(generator.integers(1, 255)), plain
+""",
     "model() of the recipe returned Linear": """
 from torch import nn
 

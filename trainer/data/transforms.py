@@ -156,12 +156,21 @@ def check_pixels(name: str, image: Tensor, transform: Callable[[Tensor], Tensor]
         spec: of the model.
 
     Raises:
-        UsageError: its channels, depth or type are not those of the model.
+        UsageError: its channels, depth or type are not those of the model; or a seed does not decide what is random.
     """
     if not isinstance(image, Tensor):
         raise UsageError(f"the image {name} is {type(image).__name__}; expected a tensor [C, H, W].")
+    results = []
     with kept_randomness():
-        result = transform(image.clone())
+        for _ in range(2):
+            seed_all(random_key("check_pixels"), devices=False)
+            results.append(transform(image.clone()))
+    if not torch.equal(*results):
+        raise UsageError(
+            "transforms() of the recipe makes different images with the same seed, and a run could not be resumed "
+            "exactly: draw from random, numpy.random or torch, not from a generator of your own."
+        )
+    result = results[0]
     channels, whole = len(spec.mean), not result.is_floating_point()
     if result.shape[-3] != channels:
         raise UsageError(
