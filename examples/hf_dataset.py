@@ -10,14 +10,16 @@ import datasets
 from trainer.data import Images, Subset, stratified_split, to_rgb
 from trainer.data.images import blame
 
+IMAGE, LABEL = "image", "label"  # columns
+
 
 class Rows(Images):
     def __init__(self, rows):
-        self.rows, self.labels, self.classes = rows, list(rows["label"]), tuple(rows.features["label"].names)
+        self.rows, self.labels, self.classes = rows, list(rows[LABEL]), tuple(rows.features[LABEL].names)
 
     def __getitem__(self, index):
         with blame(self.name(index)):
-            return to_rgb(self.rows[index]["image"])
+            return to_rgb(self.rows[index][IMAGE])
 
     def name(self, index):
         return f"{self.rows.split}[{index}]"

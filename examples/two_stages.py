@@ -29,7 +29,7 @@ def main(config):
     head = replace(config, train=("head",), output=str(folder / "head"), resume="auto")
     train.main(head)
     best = str(folder / "head" / "checkpoints" / "best.pt")
-    more = replace(config, weights=best, lr=config.optim.lr / 10, output=str(folder / "all"), resume="auto")
+    more = replace(config, weights=best, lr=config.optim.settled().lr / 10, output=str(folder / "all"), resume="auto")
     train.main(more)
 
 

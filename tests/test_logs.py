@@ -168,9 +168,11 @@ def test_predictions_are_shown_with_the_truth(tmp_path, monkeypatch):
     assert events.Tags()["images"] == ["val/predictions"]
 
 
-def test_what_is_no_picture_is_not_shown(tmp_path, monkeypatch):
-    images = torch.zeros(4, 5, 8, 8, dtype=torch.uint8)  # five channels
-    assert _shown(tmp_path, images, [0, 1] * 2, torch.rand(4, 2), ["cat", "dog"], monkeypatch) == []
+@pytest.mark.parametrize("shape", [(4, 1, 8, 8), (4, 5, 8, 8), (4, 2, 3, 8, 8)])
+def test_images_of_any_shape_are_shown(tmp_path, monkeypatch, shape):
+    images = torch.randint(0, 65535, shape, dtype=torch.int32)
+    (captions,) = _shown(tmp_path, images, [0, 1] * 2, torch.rand(4, 2), ["cat", "dog"], monkeypatch)
+    assert len(captions) == 4
 
 
 def _tracked_twice(folder, name: str) -> list[str]:

@@ -118,6 +118,13 @@ from trainer.data import Decoded, decode, load_data
 def images(config, *, seed):
     return tuple(Decoded(part, partial(decode, depth=16)) for part in load_data(config.data))
 """,
+    "makes different images with the same seed": """
+import numpy as np
+
+def transforms(config, spec):
+    plain, generator = spec.eval_transform(), np.random.default_rng(0)
+    return lambda image: plain(image) ^ int(generator.integers(1, 255)), plain
+""",
     "model() of the recipe returned Linear": """
 from torch import nn
 
@@ -149,6 +156,16 @@ def test_what_a_function_must_not_return_is_said(pictures, program, tmp_path, sa
     assert done.returncode == 2
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_recipe_may_import_a_file_beside_it(pictures, program, tmp_path):
+    folder = tmp_path / "beside"
+    folder.mkdir()
+    (folder / "my_parts_of_it.py").write_text("def best(val):\n    return val['accuracy']\n")
+    (folder / "mine.py").write_text("import my_parts_of_it\n\ndef score(val):\n    return my_parts_of_it.best(val)\n")
+    options = ["--data", pictures / "classes", *SMALL, "--epochs", "1", "--output", "run"]
+    done = program(*options, "--recipe", "beside/mine.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_recipe_that_cannot_be_read_is_said(tmp_path):
@@ -183,7 +200,9 @@ def edited(tmp_path):
 def test_a_model_edited_into_the_recipe_is_found_by_every_command(edited, pictures, program, tmp_path, change):
     mine = edited(CHANGES[change])
     options = ["--data", pictures / "classes", *SMALL, "--epochs", "1", "--output", "run"]
-    assert mine(*options, cwd=tmp_path).returncode == 0
+    done = mine(*options, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert change == "another head" or "by the recipe: Net, with its own weights" in done.stdout
     row = use(mine, tmp_path, recipe=[], image=pictures / "0.png")
     assert row["class"] in "ab"
     done = program("evaluate", "--run", "run", cwd=tmp_path, target="trainer")  # as if it was not edited

@@ -265,8 +265,8 @@ class _Averaging(torch.optim.SGD):
     def step(self):
         assert self.training
         super().step()
+        count = self.param_groups[0]["count"] = self.param_groups[0].get("count", 0) + 1  # not of a parameter
         for weight, state in self.state.items():
-            count = state["count"] = state.get("count", 0) + 1
             state["mean"] = state.get("mean", torch.zeros_like(weight)).lerp(weight, 1 / count)
 
     def train(self):

@@ -21,6 +21,7 @@ from tqdm import auto
 from tqdm.asyncio import tqdm_asyncio
 
 from trainer.data.loader import KeyedDataset
+from trainer.data.transforms import visible
 from trainer.errors import is_lost_worker
 from trainer.metrics import means
 from trainer.storage import files
@@ -123,16 +124,15 @@ class Logs:
             classes: names of the classes; empty if labels are no classes.
             describe: `prediction` of the recipe: the output of one image → (text, values by name).
         """
-        if not self.accelerator.is_main_process or images.images[0].shape[-3] != 3:
-            return
-        self._quietly(self._add_predictions, loop, source, images, classes, describe)
+        if self.accelerator.is_main_process:
+            self._quietly(self._add_predictions, loop, source, images, classes, describe)
 
     def _add_predictions(
         self, loop: Trainer, source: Source, images: KeyedDataset, classes: Sequence[str], describe: Describe
     ) -> None:
         count = min(32, len(source))
         some = [place * len(source) // count for place in range(count)]
-        pixels = torch.stack([images[0, index]["image"] for index in some])
+        pixels = torch.stack([visible(torch.as_tensor(images[0, index]["image"])) for index in some])
         captions = []
         for index, output in zip(some, loop.outputs(source, some).cpu(), strict=True):
             label, (text, _) = images.labels[index], describe(output, classes, top=1)

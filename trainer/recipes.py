@@ -5,6 +5,7 @@ import hashlib
 import importlib.util
 import inspect
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -101,6 +102,8 @@ def _source(function: FunctionType) -> str:
 def load_recipe(path: str | None) -> Recipe:
     """The recipe in a Python file: what it defines replaces the functions of `trainer/recipe.py`; None: these.
 
+    It may import files beside it.
+
     Raises:
         UsageError: there is no such file, it fails, or it defines nothing that a recipe has.
     """
@@ -113,6 +116,8 @@ def load_recipe(path: str | None) -> Recipe:
     assert spec is not None, file
     assert spec.loader is not None, file
     module = importlib.util.module_from_spec(spec)
+    if (folder := str(file.absolute().parent)) not in sys.path:
+        sys.path.append(folder)
     try:
         spec.loader.exec_module(module)
     except ImportError as error:

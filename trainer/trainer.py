@@ -29,7 +29,7 @@ from trainer.processes.together import on_main, print_main
 from trainer.reduction import rehearse, sum_in_order
 from trainer.steps import Batch, Step, check_outputs
 from trainer.storage import checkpoint
-from trainer.storage.optimizer_state import optimizer_state, positional_state
+from trainer.storage.optimizer_state import group_values, optimizer_state, positional_state
 from trainer.trunk.features import Source
 
 _MOST_SKIPS = 20  # in a row: a GradScaler that looks for its scale needs fewer (65,536 = 2¹⁶)
@@ -107,6 +107,7 @@ class Trainer:
         # Only the tail: no frozen parameter is reduced, no frozen BatchNorm buffer broadcast.
         self.tail, self.optimizer = accelerator.prepare(tail, optimizer)
         highest = max(group["lr"] for group in optimizer.param_groups)
+        self._groups = group_values(optimizer)
         self._ratios = [group["lr"] / highest for group in optimizer.param_groups]
         self.plan, self.recipe, self.seed, self.exact = plan, recipe, seed, exact
         self.configure(config)
@@ -340,7 +341,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         state = {
             "model": {name: tensor.detach().cpu().clone() for name, tensor in trained_tensors(self.model).items()},
-            "optimizer": optimizer_state(self.optimizer.optimizer, self.model),
+            "optimizer": optimizer_state(self.optimizer.optimizer, self.model, self._groups),
             "scaler": self._scaler_state if scaler is None else scaler.state_dict(),
             "epoch": self.epoch,
             "step": self.step,

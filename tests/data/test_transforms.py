@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
-from trainer.data.transforms import Normalize, eval_transform, train_transform
+from trainer.data.transforms import Normalize, eval_transform, train_transform, visible
 from trainer.errors import UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -72,3 +72,12 @@ def test_training_transforms(augment):
 def test_unknown_augmentation():
     with pytest.raises(UsageError, match="'mixup': expected one of none, flip, crop"):
         train_transform("mixup", size=8, resize=8, interpolation=InterpolationMode.BILINEAR)
+
+
+def test_any_image_is_a_picture():
+    grey = torch.arange(4, dtype=torch.uint8).view(1, 2, 2)
+    assert torch.equal(visible(grey), grey.expand(3, 2, 2))
+    assert torch.equal(visible(torch.stack([grey, grey + 9])), grey.expand(3, 2, 2)), "the first of a pair"
+    deep = torch.tensor([1000, 2000, 3000, 6000], dtype=torch.int32).view(1, 2, 2)
+    assert visible(deep).tolist() == [[[0, 51], [102, 255]]] * 3
+    assert visible(torch.zeros(5, 2, 2)).shape == (3, 2, 2)

@@ -15,7 +15,7 @@ BLOCKS = dict(re.findall(r"^<!-- change: (\w+) -->\n```python\n(.*?)^```$", PAGE
 DATA = {"csv": "table.csv", "dataset": "arrays.npz", "grey": "grey", "deep": "deep"}
 IMAGES = {"grey": "grey/a/0.png", "deep": "deep/a/0.png"}
 OPTIONS = {"network": ["--train", "all"], "grey": ["--train", "head", "conv1"], "rotation": ["--augment", "flip"]}
-LINE = "                logs.end_epoch(loop, best=best)\n"
+LINE = re.compile(r"^( +)logs\.end_epoch\(loop, best=best\)\n", re.MULTILINE)
 
 
 def lines_of(text):
@@ -54,9 +54,10 @@ def test_a_change_is_made_with_the_lines_of_the_page(name, data, program, tmp_pa
     recipe, where = [], {}
     if name == "epoch":
         text = (ROOT / "train.py").read_text()
-        assert LINE in text
+        (line,) = LINE.finditer(text)
         where = {"target": tmp_path / "train.py"}
-        where["target"].write_text(text.replace(LINE, LINE + BLOCKS[name]))
+        block = textwrap.indent(BLOCKS[name], line[1])
+        where["target"].write_text(text[: line.end()] + block + text[line.end() :])
     else:
         file = tmp_path / f"my_{name}.py"
         file.write_text(deep() if name == "deep" else BLOCKS[name])
@@ -80,11 +81,18 @@ def test_each_row_of_the_table_has_its_lines_and_its_place():
     for change, count, place in rows:
         if place.startswith("#"):
             (name,) = re.findall(r"<!-- change: (\w+) -->", sections.pop(place[1:]))
-            text = deep() if name == "deep" else textwrap.dedent(BLOCKS[name])
+            text = deep() if name == "deep" else BLOCKS[name]
         else:
             text = (ROOT / "docs" / place).read_text()
         assert count in ("2 commands", str(lines_of(text))), f"{change}: {lines_of(text)} lines"
     assert not sections, "without a row"
+
+
+def test_links_of_the_readme_lead_to_a_heading():
+    names = {re.sub(r"[^\w -]", "", text.lower()).replace(" ", "-") for text, _ in SECTIONS}
+    links = set(re.findall(r"docs/change-it\.md#([\w-]+)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    assert links
+    assert links <= names
 
 
 def test_every_example_is_in_the_table():

@@ -270,6 +270,24 @@ def test_optimizer_state_that_does_not_fit_is_refused_by_name(tiny):
         positional_state(saved, optimizer, tiny)
 
 
+def test_optimizer_state_of_any_shape_is_kept(tiny):
+    freeze(tiny, ["fc"])
+
+    def build():
+        return torch.optim.Adafactor([p for p in tiny.parameters() if p.requires_grad])
+
+    optimizer = build()
+    for parameter in optimizer.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    saved = optimizer_state(optimizer, tiny)
+    assert saved["state"]["fc.weight"]["row_var"].shape == (3, 1)
+    assert saved["state"]["fc.bias"].keys() != saved["state"]["fc.weight"].keys()
+    other = build()
+    other.load_state_dict(positional_state(saved, other, tiny))
+    assert _same(optimizer_state(other, tiny), saved)
+
+
 def test_an_optimizer_that_never_stepped_round_trips(tiny):
     freeze(tiny, ["fc"])
     optimizer = build_optimizer(tiny)

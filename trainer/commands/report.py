@@ -14,7 +14,7 @@ from trainer.commands.arguments import Report
 from trainer.commands.evaluate import validation_images
 from trainer.config import from_dict
 from trainer.data.loader import BatchLoader, KeyedDataset
-from trainer.data.transforms import InputSpec
+from trainer.data.transforms import visible
 from trainer.processes.cores import cores_here
 from trainer.report import Facts, compare, render
 from trainer.report.heatmap import cam
@@ -62,7 +62,7 @@ def _facts(run: str, command: Report) -> Facts:
         labels=torch.tensor(images.labels) if classes else None,
         logits=logits if classes else None,
         names=[images.key(index) for index in range(len(images))],
-        thumbnail=lambda index: _thumbnail(torch.as_tensor(dataset[0, index]["image"]), loaded.input),
+        thumbnail=lambda index: visible(torch.as_tensor(dataset[0, index]["image"])),
         heat_map=None if weight is None or maps is None else lambda index: cam(maps[index], weight[best[index]]),
         features=None if weight is None or maps is None else maps.mean((2, 3)),
         history=_history(home),
@@ -71,13 +71,6 @@ def _facts(run: str, command: Report) -> Facts:
         | {"python": sys.version.split()[0]},
         command=f"accelerate launch --config_file FILE train.py --config {home.name}/config.yaml",
     )
-
-
-def _thumbnail(image: Tensor, spec: InputSpec) -> Tensor:
-    """uint8 [3, H, W], or [1, H, W], of an image of any depth and channels, or the first of a pair."""
-    image = image.flatten(0, -4)[0] if image.ndim > 3 else image
-    image = image[:3] if len(image) > 2 else image[:1]
-    return image if image.dtype == torch.uint8 else (image * (255 / spec.max_value)).clamp(0, 255).to(torch.uint8)
 
 
 @torch.no_grad()

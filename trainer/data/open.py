@@ -21,8 +21,7 @@ from trainer.data.datasets import TORCHVISION, Digits, load_torchvision
 from trainer.data.folders import load_folder
 from trainer.data.images import Images, Subset, counted, listed, printable
 from trainer.data.loader import KeyedDataset, Workers
-from trainer.data.sampling import kept_randomness
-from trainer.data.transforms import InputSpec, is_random
+from trainer.data.transforms import InputSpec, check_pixels, is_random
 from trainer.errors import DataError, UsageError
 from trainer.processes.together import assert_same, gather, main_first, on_each_machine
 
@@ -172,7 +171,7 @@ def transformed(
         found = type(transforms).__name__
         raise UsageError(f"transforms() of the recipe returned {found}; expected two: for training, for evaluation.")
     for images, transform in zip((data.train, data.val), transforms, strict=True):
-        _check_pixels(images, transform, spec)
+        check_pixels(images.name(0), images[0], transform, spec=spec)
     if config.fast_decode:
         for images in (data.train, data.val):
             images.shrink(2 * spec.resize)  # twice: a random crop enlarges a part
@@ -185,31 +184,6 @@ def transformed(
     elif (config.views or 1) > 1:
         raise UsageError(f"--views {config.views} needs a random transform, and the one for training is not random.")
     return train, val
-
-
-def _check_pixels(images: Images, transform: Callable[[Tensor], Tensor], spec: InputSpec) -> None:
-    """What is silent otherwise, or no message of ours: pixels that are not those of the model's `InputSpec`."""
-    with kept_randomness():
-        image = images[0]
-        if not isinstance(image, Tensor):
-            raise UsageError(f"the image {images.name(0)} is {type(image).__name__}; expected a tensor [C, H, W].")
-        result = transform(image.clone())
-    channels, whole = len(spec.mean), not result.is_floating_point()
-    if result.shape[-3] != channels:
-        raise UsageError(
-            f"{images.name(0)} has {result.shape[-3]} channel(s), and the model takes {channels}: change images() and "
-            "model() of the recipe together. The mean of the model's InputSpec has a number for each channel."
-        )
-    if whole and (result.max() > spec.max_value or (result.dtype == torch.uint8) != (spec.max_value <= 255)):
-        raise UsageError(
-            f"{images.name(0)} is {result.dtype} with pixels up to {result.max()}, and the model takes them up to "
-            f"{spec.max_value:g}: the max_value of its InputSpec is 255 for 8 bits, and 65535 for 16."
-        )
-    if not whole and not image.is_floating_point() and spec.max_value > 1:
-        raise UsageError(
-            f"transforms() of the recipe made {result.dtype} of {image.dtype}; expected the same. Pixels are divided "
-            f"by {spec.max_value:g} and normalised after it: omit ToDtype and Normalize. Values of your own: InputSpec."
-        )
 
 
 def _same_content(accelerator: Accelerator, data: Data) -> list[Content]:

@@ -133,6 +133,62 @@ def is_random(transform: Callable[[Tensor], Tensor], *images: Tensor) -> bool:
     return False
 
 
+def visible(image: Tensor) -> Tensor:
+    """An image of any channels and depth, or the first of several, `[..., C, H, W]`, as a picture: uint8 `[3, H, W]`.
+
+    Of more than 8 bits, it is as bright as its brightest pixel allows.
+    """
+    image = image.flatten(0, -4)[0] if image.ndim > 3 else image
+    image = (image[:3] if len(image) > 2 else image[:1]).expand(3, -1, -1)
+    if image.dtype == torch.uint8:
+        return image
+    image = image.float() - image.min()
+    return (image * (255 / image.max().clamp(min=1e-9))).to(torch.uint8)
+
+
+def check_pixels(name: str, image: Tensor, transform: Callable[[Tensor], Tensor], *, spec: InputSpec) -> None:
+    """Check one image as a recipe reads and transforms it: most mistakes here are silent, and spoil what is learned.
+
+    Args:
+        name: of the image.
+        image: as it was decoded.
+        transform: of the recipe.
+        spec: of the model.
+
+    Raises:
+        UsageError: its channels, depth or type are not those of the model; or a seed does not decide what is random.
+    """
+    if not isinstance(image, Tensor):
+        raise UsageError(f"the image {name} is {type(image).__name__}; expected a tensor [C, H, W].")
+    results = []
+    with kept_randomness():
+        for _ in range(2):
+            seed_all(random_key("check_pixels"), devices=False)
+            results.append(transform(image.clone()))
+    if not torch.equal(*results):
+        raise UsageError(
+            "transforms() of the recipe makes different images with the same seed, and a run could not be resumed "
+            "exactly: draw from random, numpy.random or torch, not from a generator of your own."
+        )
+    result = results[0]
+    channels, whole = len(spec.mean), not result.is_floating_point()
+    if result.shape[-3] != channels:
+        raise UsageError(
+            f"{name} has {result.shape[-3]} channel(s), and the model takes {channels}: change images() and "
+            "model() of the recipe together. The mean of the model's InputSpec has a number for each channel."
+        )
+    if whole and (result.max() > spec.max_value or (result.dtype == torch.uint8) != (spec.max_value <= 255)):
+        raise UsageError(
+            f"{name} is {result.dtype} with pixels up to {result.max()}, and the model takes them up to "
+            f"{spec.max_value:g}: the max_value of its InputSpec is 255 for 8 bits, and 65535 for 16."
+        )
+    if not whole and not image.is_floating_point() and spec.max_value > 1:
+        raise UsageError(
+            f"transforms() of the recipe made {result.dtype} of {image.dtype}; expected the same. Pixels are divided "
+            f"by {spec.max_value:g} and normalised after it: omit ToDtype and Normalize. Values of your own: InputSpec."
+        )
+
+
 class Normalize(nn.Module):
     """Images to float32 on their device: (x / max_value - mean) / std per channel.
 

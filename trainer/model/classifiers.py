@@ -75,8 +75,8 @@ class Classifier:
         """Where the frozen weights come from, as text."""
         if self.base["source"] == "random":
             return f"random weights from seed {self.base['seed']}: its frozen features are random, not learned"
-        named = _NAMED.get(self.base["source"])
-        return f"weights {self.base[named]}: {self.report}" if named else "weights as they came with the module"
+        named, kind = _NAMED.get(self.base["source"]), type(self.model).__name__
+        return f"weights {self.base[named]}: {self.report}" if named else f"by the recipe: {kind}, with its own weights"
 
 
 def model_names() -> list[str]:
