@@ -10,9 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from trainer.errors import UsageError
-from trainer.heads.grid import Course, HeadSetting, default_settings, fold_of, train_heads
+from trainer.heads.grid import Course, HeadSetting, fold_of, grid_of, train_heads
 from trainer.heads.stack import LinearStack, ModuleStack, stack
-from trainer.heads.standardise import Scaling
 
 SAMPLES, CLASSES, SIZE, BATCH = 45, 3, 8, 8
 
@@ -76,16 +75,14 @@ def alone(tail: nn.Module, x: Tensor, labels: Tensor, setting: HeadSetting, trai
 
 def compare(tail: nn.Module, x: Tensor, labels: Tensor, settings: Sequence[HeadSetting], course: Course, folds: Tensor):
     curves = train_heads(x, labels, settings, tail=tail, course=course, folds=folds)
-    scaled = Scaling.of(x)(x)
     for setting, curve in zip(settings, curves, strict=True):
         right, nll = 0, 0.0
         for fold in range(int(folds.max()) + 1):
-            read = scaled if setting.standardised else x
-            head = alone(tail, read, labels, setting, folds != fold, course)
+            head = alone(tail, x, labels, setting, folds != fold, course)
             for name, parameter in head.named_parameters():
                 if parameter.requires_grad:
                     torch.testing.assert_close(curve.tensors[name][fold], parameter, rtol=1e-4, atol=1e-5)
-            logits = head(read[:SAMPLES][folds == fold]).detach()
+            logits = head(x[:SAMPLES][folds == fold]).detach()
             right += int((logits.argmax(dim=1) == labels[folds == fold]).sum())
             nll += float(F.cross_entropy(logits, labels[folds == fold], reduction="sum"))
         assert sum(curve.right[setting.epochs]) == right
@@ -97,7 +94,6 @@ GRID = [
     HeadSetting(0.02, 0.1, epochs=3),
     HeadSetting(0.1, 0.0, label_smoothing=0.1, epochs=3),
     HeadSetting(0.05, 1.0, label_smoothing=0.2, epochs=2),
-    HeadSetting(0.05, 0.01, epochs=3, standardised=True),
 ]
 TAILS = {
     "linear": lambda: nn.Linear(SIZE, CLASSES),
@@ -155,7 +151,7 @@ def test_what_is_frozen_in_a_tail_is_shared():
 def test_groups_and_repetitions_have_the_same_bits_and_nothing_outside_changes():
     tail, (x, labels) = TAILS["dropout"](), data(SIZE)
     before, random = {name: value.clone() for name, value in tail.state_dict().items()}, torch.get_rng_state()
-    settings = default_settings(x, epochs=(2,), lrs=3, weight_decays=2)
+    settings = grid_of(x, epochs=(2,), rates=3, decays=2)
     arguments = {"tail": tail, "course": course(), "folds": fold_of(labels, 3, seed=1)}
     one, again = (train_heads(x, labels, settings, **arguments) for _ in range(2))
     small = train_heads(x, labels, settings, memory=1e-9, **arguments)
@@ -189,11 +185,11 @@ def test_folds_have_their_share_of_each_class():
 
 def test_the_grid_follows_the_scale_of_the_features():
     x, _ = data(SIZE)
-    settings = default_settings(x)
-    assert len(settings) == 2 * (12 * 6 - 4)
-    assert max(s.lr * s.weight_decay for s in settings) < 1
-    assert {s.lr for s in settings if not s.standardised} == {s.lr for s in settings if s.standardised}
-    one, ten = (default_settings(scale * x, optimizer="sgd", standardised=(False,)) for scale in (1, 10))
+    settings = grid_of(x)
+    assert len(settings) == 12 * 3
+    assert (settings[0].lr, settings[-1].lr) == (1e-4, 1.0)
+    assert max(s.lr for s in grid_of(x[:, :, None, None])) == 0.0316, "maps"
+    one, ten = (grid_of(scale * x, optimizer="sgd") for scale in (1, 10))
     assert ten[0].lr == pytest.approx(one[0].lr / 100, rel=0.01)
     assert ten[0].weight_decay == pytest.approx(one[0].weight_decay * 100, rel=0.01)
 

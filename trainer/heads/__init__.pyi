@@ -9,4 +9,3 @@ from .ridge import Moments as Moments
 from .ridge import Ridge as Ridge
 from .search import Choice as Choice
 from .search import search_head as search_head
-from .standardise import Scaling as Scaling

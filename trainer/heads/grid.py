@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from trainer.heads.optimizer import Optimizer
 from trainer.heads.stack import Inputs, Stack, bytes_of, stack
-from trainer.heads.standardise import Scaling
 
 _ROWS = 256  # samples at a time in an evaluation
 _Held = tuple[Inputs, Tensor, Tensor, slice]  # features, labels, the rows of both that count, the heads they are for
@@ -27,14 +26,12 @@ class HeadSetting:
 
     lr: peak rate. weight_decay: of weights, not of biases. label_smoothing: 0 to 1, in training only.
     epochs: length of its run, over which the schedule stretches.
-    standardised: on features of mean 0 and scale 1 (`standardise.Scaling`).
     """
 
     lr: float
     weight_decay: float = 0.01
     label_smoothing: float = 0.0
     epochs: int = 10
-    standardised: bool = False
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Curve:
         setting: of the heads.
         count: samples in each fold, `[K]`; one fold if there is a validation set instead.
         right: of them, by epoch (counted from 1): `[K]`. nll: their sum of negative log-likelihoods, by epoch: `[K]`.
-        tensors: the trained tensors `[K, ...]`, by name; of standardised features if it is so set.
+        tensors: the trained tensors `[K, ...]`, by name.
     """
 
     setting: HeadSetting
@@ -116,21 +113,15 @@ def train_heads(
         val = ((val[0],) if isinstance(val[0], Tensor) else val[0], val[1])
     count = 1 if folds is None else int(folds.max()) + 1
     curves: dict[int, Curve] = {}
-    scalings = [Scaling.of(tensor) for tensor in inputs] if any(s.standardised for s in settings) else []
     sample = tuple(tensor[: max(len(window) for window in course.windows(0))] for tensor in inputs)
     most = max(int(memory * 2**30 / (bytes_of(tail, sample) * count)), 1)
     devices = [labels.device] if labels.device.type == "cuda" else []
-    for standardised, epochs in sorted({(s.standardised, s.epochs) for s in settings}):
-        places = [i for i, s in enumerate(settings) if (s.standardised, s.epochs) == (standardised, epochs)]
-        read, held = inputs, val
-        if standardised:
-            read = tuple(scale(tensor) for scale, tensor in zip(scalings, inputs, strict=True))
-            if val is not None:
-                held = tuple(scale(tensor) for scale, tensor in zip(scalings, val[0], strict=True)), val[1]
+    for epochs in sorted({setting.epochs for setting in settings}):
+        places = [i for i, setting in enumerate(settings) if setting.epochs == epochs]
         for first in range(0, len(places), most):
             group = places[first : first + most]
             with torch.random.fork_rng(devices), torch.no_grad():
-                found = _train(read, labels, [settings[i] for i in group], tail, course, folds, held, every)
+                found = _train(inputs, labels, [settings[i] for i in group], tail, course, folds, val, every)
             curves |= zip(group, found, strict=True)
     return [curves[place] for place in range(len(settings))]
 
@@ -145,32 +136,32 @@ def fold_of(labels: Tensor, folds: int, *, seed: int) -> Tensor:
     return found.to(labels.device)
 
 
-def default_settings(
+def grid_of(
     inputs: Tensor,
     *,
     optimizer: str = "adamw",
     epochs: Sequence[int] = (10,),
-    lrs: int = 12,
-    weight_decays: int = 6,
+    rates: int = 12,
+    decays: int = 3,
     label_smoothing: float = 0.0,
-    standardised: Sequence[bool] = (False, True),
 ) -> list[HeadSetting]:
-    """A log-spaced grid around what suits the scale of the features `[N, D, ...]`.
+    """A log-spaced grid around what suits the features `[N, D, ...]`.
 
-    AdamW's step does not depend on the scale of the gradient: rates from 1e-4 to 1, decays from 1e-3 to 10. The step of
-    SGD and its decay do: rates are shares, from 1e-3 to 10, of one over the mean squared norm, decays, from 1e-6 to
-    1e-2, shares of that norm. Pairs whose product is 1 or more are omitted: a step would turn weights round.
+    AdamW's step does not depend on the scale of the gradient: rates from 1e-4 to 1, or to 0.03 for maps, whose heads
+    end in a ReLU that large steps kill; decays from 1e-3 to 0.1. The step of SGD and its decay do: rates are shares,
+    from 1e-3 to 10, of one over the mean squared norm, decays, from 1e-6 to 1e-4, shares of that norm.
+
+    Args:
+        inputs: features; their scale and number of dimensions count.
+        optimizer: "adamw" or "sgd". epochs: lengths of run. label_smoothing: of all.
+        rates, decays: how many of each.
     """
-    found = []
-    for flag in standardised:
-        squares = float(inputs.shape[1] if flag else inputs.double().square().mean() * inputs.shape[1]) or 1.0
-        rates, decays = torch.logspace(-4, 0, lrs), torch.logspace(-3, 1, weight_decays)
-        if optimizer == "sgd":
-            rates, decays = torch.logspace(-3, 1, lrs) / squares, torch.logspace(-6, -2, weight_decays) * squares
-        rounded = [[float(f"{value:.3g}") for value in values.tolist()] for values in (rates, decays)]
-        pairs = [(lr, decay) for lr, decay in product(*rounded) if lr * decay < 1]
-        found += [HeadSetting(*pair, label_smoothing, length, flag) for length in epochs for pair in pairs]
-    return found
+    lrs, others = torch.logspace(-4, 0 if inputs.ndim < 3 else -1.5, rates), torch.logspace(-3, -1, decays)
+    if optimizer == "sgd":
+        squares = float(inputs.double().square().mean() * inputs.shape[1]) or 1.0
+        lrs, others = torch.logspace(-3, 1, rates) / squares, torch.logspace(-6, -4, decays) * squares
+    rounded = [[float(f"{value:.3g}") for value in values.tolist()] for values in (lrs, others)]
+    return [HeadSetting(lr, decay, label_smoothing, length) for length in epochs for lr, decay in product(*rounded)]
 
 
 def _train(

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.config import Config, OptimConfig, to_dict
 from trainer.data.sampling import kept_randomness, random_key
 from trainer.errors import UsageError
-from trainer.heads.grid import Course, default_settings
+from trainer.heads.grid import Course, grid_of
 from trainer.heads.search import Choice, search_head
 from trainer.heads.stack import Inputs, stack
 from trainer.processes.together import gather, on_main, print_main
@@ -44,11 +44,11 @@ class _Grid(NamedTuple):
 _GRIDS = (
     _Grid([10, 40], 12, 3, 5),
     _Grid([10, 40], 12, 1, 5),
-    _Grid([10, 40], 8, 1, 3),
+    _Grid([40], 9, 1, 5),
     _Grid([10], 12, 1, 5),
     _Grid([10], 8, 1, 3),
 )
-_MOST_WORK = defaultdict(lambda: 1e14, cpu=1e12)
+_MOST_WORK = defaultdict(lambda: 1e14, cpu=1.5e12)
 
 
 def tune(loop: Trainer, train: Source, config: Config, run: Run, *, between: Callable[[], Any] = lambda: None) -> None:
@@ -136,14 +136,13 @@ def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig, between: Ca
     )
     each = 6 * macs(tail, inputs) * len(train)  # operations of one head in one epoch, backward included
     for grid in _GRIDS:
-        settings = default_settings(
+        settings = grid_of(
             inputs[0],
             optimizer=optim.optimizer,
             epochs=grid.epochs if optim.epochs == "auto" else [optim.epochs],
-            lrs=grid.rates,
-            weight_decays=grid.decays,
+            rates=grid.rates,
+            decays=grid.decays,
             label_smoothing=optim.label_smoothing,
-            standardised=[False],
         )
         if optim.weight_decay != "auto":
             settings = [*dict.fromkeys(replace(setting, weight_decay=optim.weight_decay) for setting in settings)]
