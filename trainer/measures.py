@@ -236,5 +236,38 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
     return lost, gained, min(1.0, 2 * tail / 2**changed)
 
 
+def coverage(given: Answers, *, threshold: float) -> tuple[int, int]:
+    """How many predictions have at least this confidence, and how many of these are correct."""
+    sure = given.confidence >= threshold
+    return int(sure.sum()), int((sure & given.hits).sum())
+
+
+def average_precisions(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The average precision of each class of a multi-label model: Σ (Rₙ − Rₙ₋₁) Pₙ, equal outputs as one threshold.
+
+    Args:
+        outputs: `[N, C]`, the higher the likelier; logits or probabilities.
+        labels: `[N, C]`, 1 where an image has the class, else 0.
+
+    Returns:
+        float64 `[C]`; NaN for a class without images.
+    """
+    found = np.full(outputs.shape[1], math.nan)
+    for at, (values, wanted) in enumerate(zip(outputs.T, labels.T > 0, strict=True)):
+        if wanted.any():
+            order = np.argsort(-values, kind="stable")
+            last = np.append(np.diff(values[order]) != 0, True)  # of those with the same output
+            hits, taken = np.cumsum(wanted[order])[last], np.flatnonzero(last) + 1
+            found[at] = np.sum(np.diff(hits, prepend=0) * hits / taken) / wanted.sum()
+    return found
+
+
+def f1_of_sets(predicted: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+    """F1 of each class `[C]`, 0 where there is nothing to find, and micro F1; from predictions and labels `[N, C]`."""
+    wanted = labels > 0
+    hits, sums = (predicted & wanted).sum(0), predicted.sum(0) + wanted.sum(0)
+    return _ratio(2 * hits, sums), float(2 * hits.sum() / max(sums.sum(), 1))
+
+
 def _ratio(values: np.ndarray, of: np.ndarray, *, empty: float = 0.0) -> np.ndarray:
     return np.divide(values, of, out=np.full(len(of), empty), where=of > 0)
