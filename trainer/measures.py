@@ -8,8 +8,9 @@ Counts stay integers until the last division, and probabilities are computed in 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -128,6 +129,33 @@ class Scores:
     bins: Bins
     per_class: PerClass
     confusion: np.ndarray
+
+
+def as_numbers(found: Scores) -> dict[str, Any]:
+    """The scores as plain numbers by name; top-5 only where it says anything."""
+    low, high = wilson(found.hits, found.images)
+    top_5 = {} if found.hits_in_5 is None else {"top_5": found.hits_in_5 / found.images}
+    numbers = {"accuracy": found.hits / found.images, "low_95": low, "high_95": high, **top_5}
+    numbers |= {"balanced_accuracy": found.balanced, "macro": asdict(found.macro), "weighted": asdict(found.weighted)}
+    return numbers | {"nll": found.nll, "ece": found.bins.ece, "brier": found.brier}
+
+
+def several_labels(outputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Scores of a multi-label model, in all and of each class `[C]`; a class without images has none (NaN).
+
+    F1 is of outputs above 0, for logits; without any below 0 they may be probabilities, and F1 is omitted.
+
+    Args:
+        outputs: `[N, C]`.
+        labels: `[N, C]`, 0 or 1.
+    """
+    per = {"average_precision": average_precisions(outputs, labels)}
+    known = per["average_precision"][labels.any(0)]
+    scores = {"mean_average_precision": float(known.mean())} if len(known) else {}
+    if (outputs < 0).any():
+        per["f1"], micro = f1_of_sets(outputs > 0, labels)
+        scores |= {"macro_f1": float(per["f1"].mean()), "micro_f1": micro}
+    return scores, per
 
 
 def answers(logits: np.ndarray, labels: np.ndarray) -> Answers:

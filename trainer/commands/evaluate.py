@@ -4,7 +4,7 @@ import json
 import math
 import os
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from typing import Any
@@ -195,19 +195,10 @@ def _result(command: Evaluate, given: _Evaluated, on: Opened, accelerator: Accel
     }
     if answers is not None:
         found = measures.scores(answers)
-        low, high = measures.wilson(found.hits, found.images)
-        scores = {"accuracy": found.hits / found.images, "low_95": low, "high_95": high}
-        scores |= {} if found.hits_in_5 is None else {"top_5": found.hits_in_5 / found.images}
-        scores |= {
-            "balanced_accuracy": found.balanced,
-            "macro": asdict(found.macro),
-            "weighted": asdict(found.weighted),
-        }
-        scores |= {"nll": found.nll, "ece": found.bins.ece, "brier": found.brier}
         for at, name in enumerate(loaded.classes):
             some = ("predicted", "precision", "recall", "f1") if found.per_class.images[at] else ("predicted",)
             result["classes"][name] |= {key: getattr(found.per_class, key)[at].item() for key in some}
-        result |= {"scores": scores, "confusion": found.confusion.tolist()}
+        result |= {"scores": measures.as_numbers(found), "confusion": found.confusion.tolist()}
         if command.threshold is not None:
             sure, right = measures.coverage(answers, threshold=command.threshold)
             share = {"coverage": sure / found.images} | ({"accuracy": right / sure} if sure else {})
@@ -216,18 +207,10 @@ def _result(command: Evaluate, given: _Evaluated, on: Opened, accelerator: Accel
         raise UsageError("--threshold needs a classifier: one class for each image, and the default prediction().")
     several = label.ndim == 2 and label.shape[1] == len(loaded.classes) and bool(((label == 0) | (label == 1)).all())
     if several and outputs is not None and outputs.shape == label.shape:
-        values, wanted = outputs.float().numpy(), label.numpy()
-        precisions = measures.average_precisions(values, wanted)
-        scores = {"mean_average_precision": float(np.nanmean(precisions)) if wanted.any() else math.nan}
-        per = {
-            name: {"average_precision": value} for name, value in zip(loaded.classes, precisions.tolist(), strict=True)
-        }
-        if (values < 0).any():  # logits; numbers from 0 on may be probabilities, and who knows where they are cut
-            f1, micro = measures.f1_of_sets(values > 0, wanted)
-            scores |= {"macro_f1": float(f1.mean()), "micro_f1": micro}
-            per = {name: {**per[name], "f1": value} for name, value in zip(loaded.classes, f1.tolist(), strict=True)}
-        images = zip(loaded.classes, wanted.sum(0).tolist(), strict=True)
-        result |= {"scores": scores, "classes": {name: {"samples": int(count), **per[name]} for name, count in images}}
+        result["scores"], per = measures.several_labels(outputs.float().numpy(), label.numpy())
+        for at, name in enumerate(loaded.classes):
+            numbers = {key: values[at].item() for key, values in per.items()}
+            result["classes"][name] = {"samples": int(label[:, at].sum()), **numbers}
     return result
 
 

@@ -83,7 +83,7 @@ def open_images(loaded: Loaded, data: str | None = None) -> Opened:
 def dataset_of(loaded: Loaded, images: Images) -> KeyedDataset:
     """Images under the recipe's transform for evaluation."""
     config = from_dict(loaded.about["config"], str(loaded.path))
-    return KeyedDataset(images, images.labels, loaded.recipe.transforms(config.data, loaded.input)[1], seed=0)
+    return KeyedDataset(images, loaded.recipe.transforms(config.data, loaded.input)[1], seed=0)
 
 
 def trained_on(loaded: Loaded, images: Images) -> int | None:

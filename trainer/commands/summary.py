@@ -9,6 +9,7 @@ import torch
 from trainer.commands.text import columns, shorten, table
 
 _MEANS = (("precision", "precision"), ("recall", "recall"), ("F1", "f1"))
+_COUNTS = ("samples", "predicted")
 _CLASSES, _PAIRS = 30, 5  # to print at most: the classes of the lowest F1, and the commonest mistakes
 
 
@@ -74,13 +75,11 @@ def _interval(scores: dict[str, Any]) -> str:
 def _class_table(result: dict[str, Any]) -> list[str]:
     """The classes of the lowest F1, in their order; all if they are not many."""
     classes = result["classes"]
-    numbers = [name for name in next(iter(classes.values())) if name not in ("samples", "predicted")]
-    numbers = list(dict.fromkeys([*numbers, *(name for values in classes.values() for name in values)]))
-    numbers = [name for name in numbers if name not in ("samples", "predicted")]
-    names = sorted(classes, key=lambda name: classes[name].get("f1", 0.0))[:_CLASSES]
+    numbers = dict.fromkeys(name for values in classes.values() for name in values if name not in _COUNTS)
+    names = set(sorted(classes, key=lambda name: classes[name].get("f1", 0.0))[:_CLASSES])
     width = max(columns() - 9 - 12 * len(numbers), 16)
     rows = [("class", "  images", *(f"{name.replace('_', ' '):>11}" for name in numbers))]
-    for name in filter(set(names).__contains__, classes):
+    for name in (name for name in classes if name in names):
         values = (classes[name].get(key) for key in numbers)
         cells = ("–" if value is None or math.isnan(value) else f"{value:.4f}" for value in values)
         rows.append((shorten(name, width), f"{classes[name]['samples']:,}", *cells))
