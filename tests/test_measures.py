@@ -5,7 +5,17 @@ import math
 import numpy as np
 import pytest
 
-from trainer.measures import answers, calibration, confusion_matrix, mcnemar, scores, wilson
+from trainer.measures import (
+    answers,
+    average_precisions,
+    calibration,
+    confusion_matrix,
+    coverage,
+    f1_of_sets,
+    mcnemar,
+    scores,
+    wilson,
+)
 
 # Six images of three classes by their probabilities; the third class is never predicted.
 CHANCES = np.array(
@@ -131,3 +141,23 @@ def test_against_scikit_learn():
 
 def test_confusion_keeps_classes_that_do_not_occur():
     assert confusion_matrix(np.array([0]), np.array([2]), classes=4).tolist() == [[0, 0, 1, 0], *[[0] * 4] * 3]
+
+
+def test_coverage_by_hand():
+    given = answers(np.log(CHANCES), LABELS)
+    assert coverage(given, threshold=0.65) == (3, 2)  # 0.7, 0.8 and 0.9, of which the last is wrong
+    assert coverage(given, threshold=1) == (0, 0)
+
+
+def test_several_classes_of_an_image_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    rng = np.random.default_rng(0)
+    labels = (rng.random((200, 5)) < [0.5, 0.1, 0.9, 0.3, 0]).astype(np.float32)  # the last class has no images
+    outputs = (rng.normal(size=(200, 5)) + labels).round(1)  # with equal ones
+    found = average_precisions(outputs, labels)
+    expected = metrics.average_precision_score(labels[:, :4], outputs[:, :4], average=None)
+    assert found[:4] == pytest.approx(expected)
+    assert np.isnan(found[4])
+    per_class, micro = f1_of_sets(outputs > 0, labels)
+    assert per_class == pytest.approx(metrics.f1_score(labels, outputs > 0, average=None, zero_division=0))
+    assert micro == pytest.approx(metrics.f1_score(labels, outputs > 0, average="micro"))

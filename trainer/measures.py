@@ -8,8 +8,9 @@ Counts stay integers until the last division, and probabilities are computed in 
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
+from typing import Any
 
 import numpy as np
 
@@ -130,6 +131,33 @@ class Scores:
     confusion: np.ndarray
 
 
+def as_numbers(found: Scores) -> dict[str, Any]:
+    """The scores as plain numbers by name; top-5 only where it says anything."""
+    low, high = wilson(found.hits, found.images)
+    top_5 = {} if found.hits_in_5 is None else {"top_5": found.hits_in_5 / found.images}
+    numbers = {"accuracy": found.hits / found.images, "low_95": low, "high_95": high, **top_5}
+    numbers |= {"balanced_accuracy": found.balanced, "macro": asdict(found.macro), "weighted": asdict(found.weighted)}
+    return numbers | {"nll": found.nll, "ece": found.bins.ece, "brier": found.brier}
+
+
+def several_labels(outputs: np.ndarray, labels: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Scores of a multi-label model, in all and of each class `[C]`; a class without images has none (NaN).
+
+    F1 is of outputs above 0, for logits; without any below 0 they may be probabilities, and F1 is omitted.
+
+    Args:
+        outputs: `[N, C]`.
+        labels: `[N, C]`, 0 or 1.
+    """
+    per = {"average_precision": average_precisions(outputs, labels)}
+    known = per["average_precision"][labels.any(0)]
+    scores = {"mean_average_precision": float(known.mean())} if len(known) else {}
+    if (outputs < 0).any():
+        per["f1"], micro = f1_of_sets(outputs > 0, labels)
+        scores |= {"macro_f1": float(per["f1"].mean()), "micro_f1": micro}
+    return scores, per
+
+
 def answers(logits: np.ndarray, labels: np.ndarray) -> Answers:
     """The predictions of a model, from its logits.
 
@@ -234,6 +262,39 @@ def mcnemar(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
         tail += term  # the binomial coefficient of k out of those changed, as an integer of any size
         term = term * (changed - k) // (k + 1)
     return lost, gained, min(1.0, 2 * tail / 2**changed)
+
+
+def coverage(given: Answers, *, threshold: float) -> tuple[int, int]:
+    """How many predictions have at least this confidence, and how many of these are correct."""
+    sure = given.confidence >= threshold
+    return int(sure.sum()), int((sure & given.hits).sum())
+
+
+def average_precisions(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """The average precision of each class of a multi-label model: Σ (Rₙ − Rₙ₋₁) Pₙ, equal outputs as one threshold.
+
+    Args:
+        outputs: `[N, C]`, the higher the likelier; logits or probabilities.
+        labels: `[N, C]`, 1 where an image has the class, else 0.
+
+    Returns:
+        float64 `[C]`; NaN for a class without images.
+    """
+    found = np.full(outputs.shape[1], math.nan)
+    for at, (values, wanted) in enumerate(zip(outputs.T, labels.T > 0, strict=True)):
+        if wanted.any():
+            order = np.argsort(-values, kind="stable")
+            last = np.append(np.diff(values[order]) != 0, True)  # of those with the same output
+            hits, taken = np.cumsum(wanted[order])[last], np.flatnonzero(last) + 1
+            found[at] = np.sum(np.diff(hits, prepend=0) * hits / taken) / wanted.sum()
+    return found
+
+
+def f1_of_sets(predicted: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, float]:
+    """F1 of each class `[C]`, 0 where there is nothing to find, and micro F1; from predictions and labels `[N, C]`."""
+    wanted = labels > 0
+    hits, sums = (predicted & wanted).sum(0), predicted.sum(0) + wanted.sum(0)
+    return _ratio(2 * hits, sums), float(2 * hits.sum() / max(sums.sum(), 1))
 
 
 def _ratio(values: np.ndarray, of: np.ndarray, *, empty: float = 0.0) -> np.ndarray:

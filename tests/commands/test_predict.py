@@ -1,6 +1,8 @@
 """Files in, classes out; what cannot be read is said at the end."""
 
 import csv
+import io
+import json
 import os
 
 import pytest
@@ -98,3 +100,87 @@ def test_a_table_that_cannot_be_written_is_known_before_the_work(images, tmp_pat
 def test_nothing_to_classify(digits_run, tmp_path):
     with pytest.raises(UsageError, match="no image to classify: expected files, folders or patterns"):
         predict(Predict((str(tmp_path),), str(digits_run)))
+
+
+def test_paths_from_standard_input(images, monkeypatch):
+    lines = io.TextIOWrapper(io.BytesIO(os.fsencode(f"{images}/deep/[2] ü.png\r\n\n{images}/gone[1].png\n{images}")))
+    monkeypatch.setattr("sys.stdin", lines)
+    found = [os.path.relpath(path, images) for path in find_images(("-",))]
+    assert found == ["deep/[2] ü.png", "gone[1].png", "0.png", "1.JPG"]
+
+
+def test_lines_of_json(digits_run, images, tmp_path, capsys):
+    (images / "0.png").write_bytes(b"not an image")
+    with pytest.raises(DataError, match="1 of 3 files"):
+        predict(Predict((str(images),), str(digits_run), jsonl="-"))
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["path"] for row in printed] == find_images((str(images),))
+    assert "cannot read" in printed[0]["error"]
+    expected = trainer.load(digits_run)(images / "1.JPG")[0]
+    assert [*printed[1]] == ["path", *expected]
+    assert printed[1]["class"] == expected["class"]
+    assert printed[1]["probability"] == pytest.approx(expected["probability"], rel=1e-4)
+    with pytest.raises(DataError):
+        predict(Predict((str(images),), str(digits_run), jsonl=str(tmp_path / "x"), threshold=1))
+    kept = [json.loads(line) for line in (tmp_path / "x").read_text().splitlines()]
+    assert kept == [printed[0], *({**row, "sure": False} for row in printed[1:])]
+    assert "\n" in (out := capsys.readouterr().out)
+    assert out.count("  unsure  ") == 2
+    predict(Predict((str(images / "1.JPG"),), str(digits_run), jsonl=str(tmp_path / "x"), csv=str(tmp_path / "new")))
+    out = capsys.readouterr().out
+    assert "x: 1 lines, in place of the file that was there" in out
+    assert out.count("in place of") == 1
+
+
+def test_a_result_is_written_before_the_next_batch(digits_run, images, monkeypatch, tmp_path):
+    seen = []
+
+    class Noted(trainer.commands.predict._Files):
+        def __getitem__(self, index):
+            seen.append((tmp_path / "x").read_text().count("\n"))
+            return super().__getitem__(index)
+
+    monkeypatch.setattr("trainer.commands.predict._Files", Noted)
+    predict(Predict((str(images),), str(digits_run), jsonl=str(tmp_path / "x"), batch_size=1, workers=0))
+    assert seen == [0, 1, 2]
+
+
+def test_images_are_copied_into_folders(digits_run, images, tmp_path, capsys):
+    loaded, target = trainer.load(digits_run), tmp_path / "sorted"
+    best = loaded(images / "1.JPG")[0]
+    twice = images / "deep" / "1.JPG"
+    twice.write_bytes((images / "1.JPG").read_bytes())
+    threshold = best["probability"]
+    command = Predict(
+        (str(images / "1.JPG"), str(twice)), str(digits_run), copy_to=str(target), threshold=threshold - 1e-3
+    )
+    predict(command)
+    folder = target / best["class"]
+    assert sorted(os.listdir(folder)) == ["1-2.JPG", "1.JPG"]
+    assert f"{target}: 2 images copied, 1 of them under a new name" in capsys.readouterr().out
+    (folder / "1.JPG").write_bytes(b"mine")
+    command.threshold = threshold + 1e-3
+    predict(command)
+    assert (folder / "1.JPG").read_bytes() == b"mine"
+    assert (folder / "1-2.JPG").read_bytes() == (target / "unsure" / "1.JPG").read_bytes() == twice.read_bytes()
+    with pytest.raises(UsageError, match="threshold is 2: expected a probability"):
+        predict(Predict((str(images),), str(digits_run), threshold=2))
+
+
+def test_a_prediction_without_a_class_cannot_be_sorted(digits_run, images, tmp_path):
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text('def prediction(output, classes, *, top=3):\n    return "x", {"value": 1.0}\n')
+    with pytest.raises(UsageError, match=r'--copy-to needs a "class", which prediction\(\) of the recipe'):
+        predict(Predict((str(images),), str(digits_run), recipe=str(recipe), copy_to=str(tmp_path / "sorted")))
+    assert not (tmp_path / "sorted").exists()
+
+
+def test_several_processes_print_in_order(digits_run, images, program, tmp_path):
+    (tmp_path / "list").write_text("".join(f"{path}\n" for path in [*find_images((str(images),)), "gone.png"]))
+    setup = f"import os; os.dup2(os.open({str(tmp_path / 'list')!r}, os.O_RDONLY), 0)"
+    arguments = ["predict", "-", "--run", digits_run, "--batch-size", "1", "--jsonl", "-"]
+    one, two = (program(*arguments, cwd=tmp_path, target="trainer", processes=number, setup=setup) for number in (1, 2))
+    assert (one.returncode, two.returncode) == (65, 65), two.stderr
+    assert two.stdout == one.stdout
+    assert len(two.stdout.splitlines()) == 4
+    assert two.stderr.count("1 of 4 files could not be read") == 1

@@ -63,7 +63,7 @@ def test_a_compiled_tail_goes_on_in_the_same_bits_and_is_evaluated_to_the_same_n
     one, other = (checkpoint.read(tmp_path / run / "checkpoints" / last.name) for run in ("whole", "rest"))
     assert one["metrics"] == other["metrics"]
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-    done = program("evaluate", "--run=whole", "--json", target="trainer", cwd=tmp_path, timeout=600)
+    done = program("evaluate", "--run=whole", "--json", "-", target="trainer", cwd=tmp_path, timeout=600)
     assert json.loads(done.stdout)["all"] == one["metrics"]["val"], done.stderr
 
 

@@ -57,7 +57,7 @@ def use(program, folder: Path, *, recipe: list, image: Path | None) -> dict[str,
         assert "recipe  " not in done.stdout
         return done.stdout
 
-    result = json.loads(command("evaluate", "--run", "run", "--json"))
+    result = json.loads(command("evaluate", "--run", "run", "--json", "-"))
     assert result["all"] == checkpoint.read(folder / "run" / "checkpoints" / "best.pt").metrics["val"]
     assert "base as fingerprinted" in command("verify", "run")
     assert "not at hand" not in command("inspect", "run")

@@ -56,13 +56,19 @@ class Evaluate:
     run: str
     """A run (its best checkpoint), a checkpoint, or an export."""
     data: str | None = None
-    """Other images, as for train.py: the validation part of a folder or data set, or all where there is none."""
+    """The run's own images in another place, or others: their validation part, or all where there is none."""
     weights: str | None = None
     """Where the frozen weights are, if not where they were in training."""
     workers: int | None = None
     """Processes that decode images, per process; None: one per core available."""
-    json: bool = False
-    """Print JSON, with all digits."""
+    compare: str | None = None
+    """Another run, checkpoint or export: evaluate it on the same images, with McNemar's exact test."""
+    threshold: float | None = None
+    """Say how many predictions have at least this probability, and how many of these are correct."""
+    json: str | None = None
+    """File for all numbers, in JSON; - prints them instead of the summary."""
+    csv: str | None = None
+    """File for a table: path, label, prediction, and the probability of each class, for each image."""
     recipe: str | None = None
     """Python file of the run's recipe, if it was trained with --recipe."""
 
@@ -72,11 +78,17 @@ class Predict:
     """Classify image files."""
 
     paths: Annotated[Positional[tuple[str, ...]], arg(metavar="PATH ...", help_behavior_hint="")]
-    """Files, folders (with all below them), or patterns in quotes."""
+    """Files, folders (with all below them), patterns in quotes, or - for a list of paths on the standard input."""
     run: str
     """A run (its best checkpoint), a checkpoint, or an export."""
     csv: str | None = None
     """Write a table as well: path, class, probability, and the probability of every class."""
+    jsonl: str | None = None
+    """Write the same as a line of JSON for each image, as soon as it is known; - prints these lines instead."""
+    threshold: float | None = None
+    """Mark predictions below this probability as unsure."""
+    copy_to: str | None = None
+    """Copy the images into folders of their classes here; nothing is moved or overwritten."""
     top: int = 3
     """Classes to print per image."""
     batch_size: int = 32

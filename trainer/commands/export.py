@@ -29,7 +29,6 @@ from torch import Tensor, nn
 
 from trainer.commands import hub
 from trainer.commands.arguments import Export
-from trainer.commands.evaluate import validation_images
 from trainer.commands.loaded import (
     ABOUT,
     MERGED,
@@ -43,6 +42,7 @@ from trainer.commands.loaded import (
     stock,
 )
 from trainer.commands.model_card import model_card
+from trainer.commands.opened import open_images
 from trainer.config import from_dict
 from trainer.data.datasets import Digits
 from trainer.data.transforms import LONGEST, InputSpec
@@ -136,7 +136,7 @@ def _sample(loaded: Loaded) -> tuple[list[Tensor], str]:
     here = (os.path.isdir(os.path.expanduser(folder)) for folder in (data.data, data.data_root))
     if data.data.lower() == "digits" or os.path.exists(data.data) or any(here):  # else it would be downloaded
         with suppress(ValueError, OSError):
-            images = validation_images(loaded.about, loaded.recipe)
+            images = open_images(loaded).images
     title, spec = "validation images", loaded.input
     if images is None and (len(spec.mean), spec.max_value) == (3, 255):
         images, title = Digits(), "built-in digits (the run's images are not here)"

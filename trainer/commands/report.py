@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from trainer.commands import loaded as loading
 from trainer.commands.arguments import Report
-from trainer.commands.evaluate import validation_images
-from trainer.config import from_dict
+from trainer.commands.opened import open_images
 from trainer.data.loader import BatchLoader, KeyedDataset
 from trainer.data.transforms import visible
 from trainer.processes.cores import cores_here
@@ -46,9 +45,10 @@ def report(command: Report) -> Path:
 
 def _facts(run: str, command: Report) -> Facts:
     loaded = loading.load(run, weights=command.weights, recipe=command.recipe)
-    config = from_dict(loaded.about["config"], str(loaded.path))
-    images = validation_images(loaded.about, loaded.recipe)
-    dataset = KeyedDataset(images, loaded.recipe.transforms(config.data, loaded.input)[1], seed=0)
+    found = open_images(loaded)
+    images, dataset = found.images, found.dataset
+    if found.note:
+        print(f"{run}: {found.note}.")
     logits, maps = _outputs(loaded, dataset)
     classes = not isinstance(images.labels, Tensor) and logits.shape[1:] == (len(loaded.classes),)
     if not classes:

@@ -39,7 +39,7 @@ def check_images(
         DataError: on every process; names every image that cannot be read, and why; or nothing is left of a class.
     """
     if known is not None:
-        parts, skip = [_without(images, keys) for images, keys in zip(parts, known, strict=True)], False
+        parts, skip = [without(images, keys) for images, keys in zip(parts, known, strict=True)], False
     bad = _unreadable(accelerator, parts, workers=workers, timeout=timeout) if check or skip else []
     if bad and not skip:
         listed = "\n  ".join(reason for _, _, reason in bad)
@@ -52,7 +52,7 @@ def check_images(
         if accelerator.is_main_process:
             log.warning("skipped: %s", reason)
         found[part].append(parts[part].key(index))
-    rest = [_without(images, keys) for images, keys in zip(parts, found, strict=True)]
+    rest = [without(images, keys) for images, keys in zip(parts, found, strict=True)]
     return rest, found if known is None else known
 
 
@@ -74,7 +74,8 @@ def _unreadable(
     return sorted(found for share in gather(accelerator, mine) for found in share)
 
 
-def _without(images: Images, keys: list[str]) -> Images:
+def without(images: Images, keys: list[str]) -> Images:
+    """The images but those of some keys; DataError if they are not there, or if nothing is left."""
     if not keys:
         return images
     here, bad = [images.key(index) for index in range(len(images))], set(keys)

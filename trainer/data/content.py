@@ -9,13 +9,16 @@ import base64
 import hashlib
 import os
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
 from torch import Tensor
 
 from trainer.data.images import Images, blame, label_bytes
+from trainer.storage.files import sha256_of
 
 _GROUPS = 512
 _SAMPLE = 1000  # files, about, of which the beginning is read; of fewer than that, all
@@ -71,6 +74,27 @@ def differing(images: Images, here: Content, stored: Content) -> list[str]:
         for index, (groups, _) in enumerate(_places(images))
         if all(changed[table, group] for table, group in enumerate(groups))
     ]
+
+
+def shared(images: Images, others: Images) -> list[int]:
+    """The indices of those images that are among `others` too: by the bytes of their files, or else by their keys."""
+    places = []
+    for some in (images, others):
+        by_size: dict[int | str, list[int]] = defaultdict(list)  # files of different sizes need not be read
+        for index in range(len(some)):
+            path = some.path(index)
+            by_size[some.key(index) if path is None else os.stat(path).st_size].append(index)
+        places.append(by_size)
+    found = []
+    for size in places[0].keys() & places[1].keys():
+        known = {_bytes_of(others, index) for index in places[1][size]}
+        found += [index for index in places[0][size] if _bytes_of(images, index) in known]
+    return sorted(found)
+
+
+def _bytes_of(images: Images, index: int) -> str:
+    path = images.path(index)
+    return images.key(index) if path is None else sha256_of(Path(path))
 
 
 def _stride(number: int) -> int:

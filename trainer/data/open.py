@@ -241,7 +241,7 @@ def load_test(data: str | os.PathLike[str], classes: Sequence[str], *, root: str
     train, val = _open_data(data, root)
     images = train if val is None else val
     check_labels(images)
-    _match_classes(tuple(classes), images)
+    match_classes(tuple(classes), images)
     return images
 
 
@@ -327,10 +327,10 @@ def _check(train: Images, val: Images, data: str) -> None:
     _check_classes(train, data)
     for images in (train, val):
         check_labels(images)
-    _match_classes(train.classes, val)
+    match_classes(train.classes, val)
 
 
-def _match_classes(classes: tuple[str, ...], val: Images) -> None:
+def match_classes(classes: tuple[str, ...], val: Images) -> None:
     """Number the classes of `val` as training does, by name: one missing folder shifts the numbers of all after it."""
     if isinstance(val.labels, Tensor):
         if tuple(val.classes) != tuple(classes):
