@@ -26,6 +26,12 @@ def recipe_differences(stored: Mapping[str, list[str]], mine: Mapping[str, list[
     return lines
 
 
+def check_functions(learning_rate: Any, step: Any) -> None:
+    """Raise UsageError unless both are functions: what `learning_rate` and `step` of a recipe return."""
+    if not callable(learning_rate) or not callable(step):
+        raise UsageError("learning_rate(config) and step(config) return functions: see trainer/recipe.py.")
+
+
 def check_trainable(model: nn.Module, trainable: Mapping[str, Tensor], optimizer: Any) -> None:
     """Check that the model, the trainer and the optimizer train the same parameters.
 

@@ -107,13 +107,11 @@ class Trainer:
         # Only the tail: no frozen parameter is reduced, no frozen BatchNorm buffer broadcast.
         self.tail, self.optimizer = accelerator.prepare(tail, optimizer)
         highest = max(group["lr"] for group in optimizer.param_groups)
-        self._groups = group_values(optimizer)
-        self._ratios = [group["lr"] / highest for group in optimizer.param_groups]
+        self._groups, self._ratios = group_values(optimizer), [g["lr"] / highest for g in optimizer.param_groups]
         self.plan, self.recipe, self.seed, self.exact = plan, recipe, seed, exact
         self.configure(config)
         self.step_function, self.metrics_function, self.score = recipe.step(config), recipe.metrics, recipe.score
-        if not callable(self.lr) or not callable(self.step_function):
-            raise UsageError("learning_rate(config) and step(config) return functions: see trainer/recipe.py.")
+        checks.check_functions(self.lr, self.step_function)
         self.about, self.fingerprint = {"data": {}, **about}, fingerprint(model)
         self.epoch = self.step = self.samples = self.skipped_samples = 0
         self.rate = 0.0
@@ -407,8 +405,7 @@ class Trainer:
             if was != now:
                 raise CheckpointError(f"the checkpoint has other data for {part}: {was}; this run has {now}.")
         self.optimizer.eval()  # as it was saved
-        if lines := checks.recipe_differences(state["recipe"], self.about.get("recipe", {})):
-            print_main(*lines)
+        print_main(*checks.recipe_differences(state["recipe"], self.about.get("recipe", {})))
         live, optimizer = trained_tensors(self.model), self.optimizer.optimizer
         checkpoint.check_tensors(state["model"], live)
         optimizer.load_state_dict(positional_state(state["optimizer"], optimizer, self.model))
