@@ -34,8 +34,8 @@ def test_kept_features_are_computed_once_and_others_in_each_epoch():
 
 def test_it_is_one_line():
     assert str(_plan(VAL, KEPT)) == (
-        "plan    features of 512, 2.05 kB an image; val kept in memory (2.05 MB); train kept in here (8.19 MB): "
-        "about 50 s once (trunk as it is)"
+        "plan    features of 512, 2.05 kB an image; val kept in memory (2.05 MB); train kept in here (8.19 MB), "
+        "without augmentation (--augment crop: about 40 s in each epoch): about 50 s once (trunk as it is)"
     )
     assert ": about 10 s once and about 40 s an epoch (trunk" in str(_plan(VAL, FRESH, epochs=2))
     two = replace(_plan(VAL), shapes=[torch.Size([64, 7, 7]), torch.Size([512])])

@@ -86,7 +86,12 @@ class FeaturePlan:
         line = (
             f"{part.name} {'found' if part.found else 'kept'} {where} ({bytes_text(part.images * views * self.size)})"
         )
-        return line + (f", {views} views: epoch {views + 1} sees the images of epoch 1 again" if views > 1 else "")
+        if views > 1:
+            return f"{line}, {views} views: epoch {views + 1} sees the images of epoch 1 again"
+        if part.name == "train" and part.seconds > 0 and not part.found:
+            each = time_text(part.images * part.seconds / self.processes)
+            return f"{line}, without augmentation (--augment crop: about {each} in each epoch)"
+        return line
 
     def _hints(self) -> list[str]:
         fresh, (once, each) = [part.name for part in self.parts if part.views is None], self.seconds
