@@ -5,6 +5,7 @@ run's own window without them, its loss the mean over the rest. So it makes as m
 will, with slightly smaller windows. A window that lies in its fold as a whole has the gradient zero.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
@@ -15,10 +16,8 @@ from torch import Tensor, nn
 
 from trainer.heads.optimizer import Optimizer
 from trainer.heads.stack import Inputs, Stack, bytes_of, stack
-from trainer.heads.standardise import Scaling
 
 _ROWS = 256  # samples at a time in an evaluation
-_Held = tuple[Inputs, Tensor, Tensor, slice]  # features, labels, the rows of both that count, the heads they are for
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,12 @@ class HeadSetting:
 
     lr: peak rate. weight_decay: of weights, not of biases. label_smoothing: 0 to 1, in training only.
     epochs: length of its run, over which the schedule stretches.
-    standardised: on features of mean 0 and scale 1 (`standardise.Scaling`).
     """
 
     lr: float
     weight_decay: float = 0.01
     label_smoothing: float = 0.0
     epochs: int = 10
-    standardised: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,29 +53,31 @@ class Course:
 
 
 @dataclass
-class Curve:
-    """One setting, over its epochs, on samples that its heads have not seen.
+class Trained:
+    """The heads of one setting, and what they are worth on samples that they have not seen.
 
     Attributes:
         setting: of the heads.
-        count: samples in each fold, `[K]`; one fold if there is a validation set instead.
-        right: of them, by epoch (counted from 1): `[K]`. nll: their sum of negative log-likelihoods, by epoch: `[K]`.
-        tensors: the trained tensors `[K, ...]`, by name; of standardised features if it is so set.
+        tensors: the trained tensors `[K, ...]`, by name.
+        count: samples in each fold, `[K]`; empty without folds.
+        right: of them, `[K]`. nll: their sums of negative log-likelihoods, `[K]`, in nats.
     """
 
     setting: HeadSetting
-    count: list[int]
-    right: dict[int, list[int]] = field(default_factory=dict)
-    nll: dict[int, list[float]] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor]
+    count: list[int] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
 
-    def accuracy(self, epoch: int | None = None) -> float:
-        """Each held-out sample counted once; after the last epoch, or the one that is named."""
-        return sum(self.right[epoch or self.setting.epochs]) / sum(self.count)
+    @property
+    def accuracy(self) -> float:
+        """Each held-out sample counted once."""
+        return sum(self.right) / sum(self.count)
 
-    def loss(self, epoch: int | None = None) -> float:
+    @property
+    def loss(self) -> float:
         """The mean NLL, in nats."""
-        return sum(self.nll[epoch or self.setting.epochs]) / sum(self.count)
+        return sum(self.nll) / sum(self.count)
 
 
 def train_heads(
@@ -89,10 +88,8 @@ def train_heads(
     tail: nn.Module,
     course: Course,
     folds: Tensor | None = None,
-    val: tuple[Tensor | Inputs, Tensor] | None = None,
-    every: int | None = 1,
-    memory: float = 1.0,
-) -> list[Curve]:
+    memory: float = 2.0,
+) -> list[Trained]:
     """Train every setting from the tail's own weights; the tail is not changed.
 
     Args:
@@ -100,39 +97,29 @@ def train_heads(
             reads the view e modulo their number.
         labels: int64 `[N]`, on the features' device.
         settings: of the heads.
-        tail: features → logits `[B, C]`; a linear layer (with dropout) is fastest, see `stack`.
+        tail: features → logits `[B, C]`; a linear layer or a 1×1 convolution is fastest, see `stack`.
         course: what they share with the run.
         folds: int64 `[N]`, the fold of each sample, 0 to K − 1: K heads a setting, each evaluated on its fold, in the
-            first view. None: one head a setting, trained on all samples.
-        val: features and labels to evaluate on if there are no folds.
-        every: epochs between evaluations; the last is evaluated in any case. None: that one alone.
+            first view. None: one head a setting, trained on all samples, and no evaluation.
         memory: GiB that heads which are trained together may take.
 
     Returns:
-        One curve for each setting, in their order.
+        The heads of each setting, in their order.
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
-    if val is not None:
-        val = ((val[0],) if isinstance(val[0], Tensor) else val[0], val[1])
     count = 1 if folds is None else int(folds.max()) + 1
-    curves: dict[int, Curve] = {}
-    scalings = [Scaling.of(tensor) for tensor in inputs] if any(s.standardised for s in settings) else []
+    found: dict[int, Trained] = {}
     sample = tuple(tensor[: max(len(window) for window in course.windows(0))] for tensor in inputs)
     most = max(int(memory * 2**30 / (bytes_of(tail, sample) * count)), 1)
     devices = [labels.device] if labels.device.type == "cuda" else []
-    for standardised, epochs in sorted({(s.standardised, s.epochs) for s in settings}):
-        places = [i for i, s in enumerate(settings) if (s.standardised, s.epochs) == (standardised, epochs)]
-        read, held = inputs, val
-        if standardised:
-            read = tuple(scale(tensor) for scale, tensor in zip(scalings, inputs, strict=True))
-            if val is not None:
-                held = tuple(scale(tensor) for scale, tensor in zip(scalings, val[0], strict=True)), val[1]
+    for epochs in sorted({setting.epochs for setting in settings}):
+        places = [place for place, setting in enumerate(settings) if setting.epochs == epochs]
         for first in range(0, len(places), most):
             group = places[first : first + most]
             with torch.random.fork_rng(devices), torch.no_grad():
-                found = _train(read, labels, [settings[i] for i in group], tail, course, folds, held, every)
-            curves |= zip(group, found, strict=True)
-    return [curves[place] for place in range(len(settings))]
+                trained = _train(inputs, labels, [settings[place] for place in group], tail, course, folds)
+            found |= zip(group, trained, strict=True)
+    return [found[place] for place in range(len(settings))]
 
 
 def fold_of(labels: Tensor, folds: int, *, seed: int) -> Tensor:
@@ -150,27 +137,28 @@ def default_settings(
     *,
     optimizer: str = "adamw",
     epochs: Sequence[int] = (10,),
-    lrs: int = 12,
-    weight_decays: int = 6,
+    lrs: int = 8,
+    weight_decays: int = 2,
     label_smoothing: float = 0.0,
-    standardised: Sequence[bool] = (False, True),
 ) -> list[HeadSetting]:
     """A log-spaced grid around what suits the scale of the features `[N, D, ...]`.
 
-    AdamW's step does not depend on the scale of the gradient: rates from 1e-4 to 1, decays from 1e-3 to 10. The step of
-    SGD and its decay do: rates are shares, from 1e-3 to 10, of one over the mean squared norm, decays, from 1e-6 to
-    1e-2, shares of that norm. Pairs whose product is 1 or more are omitted: a step would turn weights round.
+    A step of AdamW moves a weight by the rate, whatever the gradient, and so a logit by up to the rate times the sum of
+    the features' magnitudes: rates go from 0.3 to 100 over it, but not above 1; decays from 0.01 to 1. The step of
+    SGD and its decay follow the gradient: rates are shares, from 1e-3 to 10, of one over the mean squared norm, decays,
+    from 1e-6 to 1e-2, shares of that norm. Pairs whose product is 1 or more are omitted: a step would turn weights
+    round.
     """
-    found = []
-    for flag in standardised:
-        squares = float(inputs.shape[1] if flag else inputs.double().square().mean() * inputs.shape[1]) or 1.0
-        rates, decays = torch.logspace(-4, 0, lrs), torch.logspace(-3, 1, weight_decays)
-        if optimizer == "sgd":
-            rates, decays = torch.logspace(-3, 1, lrs) / squares, torch.logspace(-6, -2, weight_decays) * squares
-        rounded = [[float(f"{value:.3g}") for value in values.tolist()] for values in (rates, decays)]
-        pairs = [(lr, decay) for lr, decay in product(*rounded) if lr * decay < 1]
-        found += [HeadSetting(*pair, label_smoothing, length, flag) for length in epochs for pair in pairs]
-    return found
+    size = inputs.shape[1]
+    if optimizer == "sgd":
+        squares = float(inputs.double().square().mean() * size) or 1.0
+        rates, decays = torch.logspace(-3, 1, lrs) / squares, torch.logspace(-6, -2, weight_decays) * squares
+    else:
+        scale = max(float(inputs.abs().mean(dtype=torch.float64) * size), 100.0)
+        rates, decays = torch.logspace(math.log10(0.3), 2, lrs) / scale, torch.logspace(-2, 0, weight_decays)
+    rounded = [[float(f"{value:.3g}") for value in values.tolist()] for values in (rates, decays)]
+    pairs = [(lr, decay) for lr, decay in product(*rounded) if lr * decay < 1]
+    return [HeadSetting(*pair, label_smoothing, length) for length in epochs for pair in pairs]
 
 
 def _train(
@@ -180,10 +168,8 @@ def _train(
     tail: nn.Module,
     course: Course,
     folds: Tensor | None,
-    val: tuple[Inputs, Tensor] | None,
-    every: int | None,
-) -> list[Curve]:
-    """Heads of one length, on the same features. Head `s · K + k` has setting s, and leaves out fold k."""
+) -> list[Trained]:
+    """Heads of one length. Head `s · K + k` has setting s, and leaves out fold k."""
     samples, device, epochs = len(labels), labels.device, settings[0].epochs
     views = len(inputs[0]) // samples
     counts = torch.ones(samples, 1, device=device)  # [N, K], 1 where the sample counts
@@ -200,14 +186,6 @@ def _train(
     options = {"momentum": course.momentum, "clip_norm": course.clip_norm}
     optimizer = Optimizer(heads.tensors, course.optimizer, lr=rates, weight_decay=each("weight_decay"), **options)
     smoothing = each("label_smoothing")
-    first = tuple(tensor[:samples] for tensor in inputs)
-    held: list[_Held] = []
-    if folds is not None:
-        rows = [(folds == fold).nonzero()[:, 0] for fold in range(number)]
-        held = [(first, labels, row, slice(fold, None, number)) for fold, row in enumerate(rows)]
-    elif val is not None:
-        held = [(*val, torch.arange(len(val[1]), device=device), slice(None))]
-    curves = [Curve(setting, [len(rows) for _, _, rows, _ in held]) for setting in settings]
     done = step = 0
     for epoch in range(epochs):
         windows = [list(window) for window in course.windows(epoch)]
@@ -221,12 +199,18 @@ def _train(
             gradient = _gradient(logits, labels.index_select(0, index), smoothing, weights)
             optimizer.step(heads.backward(gradient), course.factor((done + len(index) / 2) / (epochs * samples)))
             done, step = done + len(index), step + 1
-        if held and (epoch + 1 == epochs or (every is not None and (epoch + 1) % every == 0)):
-            _evaluate(heads, held, curves, epoch + 1)
-    for place, curve in enumerate(curves):
+    found = []
+    for place, setting in enumerate(settings):
         part = slice(place * number, (place + 1) * number)
-        curve.tensors = {name: tensor[part] * curve.setting.lr for name, tensor in heads.tensors.items()}
-    return curves
+        found.append(Trained(setting, {name: tensor[part] * setting.lr for name, tensor in heads.tensors.items()}))
+    for fold in range(number if folds is not None else 0):
+        rows = (folds == fold).nonzero()[:, 0]
+        right, nll = _evaluate(heads, inputs, labels, rows, slice(fold, None, number))
+        for trained, own_right, own_nll in zip(found, right, nll, strict=True):
+            trained.count.append(len(rows))
+            trained.right.append(own_right)
+            trained.nll.append(own_nll)
+    return found
 
 
 def _gradient(logits: Tensor, labels: Tensor, smoothing: Tensor, weights: Tensor) -> Tensor:
@@ -239,18 +223,12 @@ def _gradient(logits: Tensor, labels: Tensor, smoothing: Tensor, weights: Tensor
     return gradient.transpose(1, 2).contiguous()
 
 
-def _evaluate(heads: Stack, held: Sequence[_Held], curves: Sequence[Curve], epoch: int) -> None:
-    """Count what is right, and add up the NLL, of every part that is held out, by the heads that have not seen it."""
-    rights, losses = [], []
-    for inputs, labels, rows, part in held:
-        right, loss = [], []
-        for index in rows.split(_ROWS):
-            logits = heads.logits(tuple(tensor.index_select(0, index) for tensor in inputs), heads=part)  # [B, H, C]
-            truth = labels.index_select(0, index)[:, None].expand(logits.shape[:2])  # [B, H]
-            right.append((logits.argmax(dim=2) == truth).sum(dim=0))
-            loss.append(F.cross_entropy(logits.movedim(2, 1).float(), truth, reduction="none").double().sum(dim=0))
-        rights.append(torch.stack(right).sum(dim=0))
-        losses.append(torch.stack(loss).sum(dim=0))
-    every_right, every_loss = torch.stack(rights, dim=1).tolist(), torch.stack(losses, dim=1).tolist()  # [S, K]
-    for curve, right, loss in zip(curves, every_right, every_loss, strict=True):
-        curve.right[epoch], curve.nll[epoch] = right, loss
+def _evaluate(heads: Stack, inputs: Inputs, labels: Tensor, rows: Tensor, part: slice) -> tuple[list[int], list[float]]:
+    """How many of these rows a part of the heads gets right, and the sum of their NLL, for each head."""
+    right, losses = [], []
+    for index in rows.split(_ROWS):
+        logits = heads.logits(tuple(tensor.index_select(0, index) for tensor in inputs), heads=part)  # [B, H, C]
+        truth = labels.index_select(0, index)[:, None].expand(logits.shape[:2])  # [B, H]
+        right.append((logits.argmax(dim=2) == truth).sum(dim=0))
+        losses.append(F.cross_entropy(logits.movedim(2, 1), truth, reduction="none").double().sum(dim=0))
+    return torch.stack(right).sum(dim=0).tolist(), torch.stack(losses).sum(dim=0).tolist()

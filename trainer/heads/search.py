@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import DataError, UsageError
-from trainer.heads.grid import Course, Curve, HeadSetting, default_settings, fold_of, train_heads
+from trainer.heads.grid import Course, HeadSetting, Trained, default_settings, fold_of, train_heads
 from trainer.heads.knn import knn_accuracy
 from trainer.heads.ridge import ridge
-from trainer.heads.stack import Inputs, LinearStack, stack, without_dropout
+from trainer.heads.stack import Inputs, without_dropout
+
+_MOST = 10_000  # samples of ridge regression and nearest neighbours: they are for orientation
 
 Row = dict[str, Any]
 
@@ -36,10 +38,9 @@ class Choice:
         accuracy: of its heads. nll: theirs, in nats. error: standard error of the highest accuracy of the grid.
         worst, median, best: accuracies over the grid; a setting that diverged counts.
         diverged: settings whose NLL is not finite.
-        ridge: leave-one-out accuracy of ridge regression. knn: that of the best k.
+        ridge: leave-one-out accuracy of ridge regression, on at most 10,000 of the samples. knn: that of the best k.
         samples: N. folds: K.
-        table: one row a setting, in plain types: those of HeadSetting, "accuracy", "nll" (None if not finite) and
-            "curve": [epoch, accuracy, nll] of each evaluation.
+        table: one row a setting, in plain types: those of HeadSetting, "accuracy" and "nll" (None if not finite).
     """
 
     setting: HeadSetting
@@ -64,7 +65,6 @@ class Choice:
         chosen = self.setting
         parts = [f"lr {chosen.lr:.3g}", f"weight decay {chosen.weight_decay:.3g}", f"{chosen.epochs} epochs"]
         parts += [f"label smoothing {chosen.label_smoothing:g}"] * (chosen.label_smoothing > 0)
-        parts += ["standardised features"] * chosen.standardised
         return (
             f"{', '.join(parts)}: {self.accuracy:.1%} of held-out samples right ({len(self.table)} settings in "
             f"{self.folds} folds: {self.worst:.1%} to {self.best:.1%}, median {self.median:.1%}; "
@@ -81,12 +81,10 @@ def search_head(
     classes: int,
     epochs: Sequence[int] = (10,),
     label_smoothing: float = 0.0,
-    standardised: Sequence[bool] = (False, True),
     settings: Sequence[HeadSetting] | None = None,
     folds: int = 5,
     seed: int = 0,
     dropout: bool = True,
-    every: int | None = None,
     memory: float = 2.0,
     rank: int = 0,
     ranks: int = 1,
@@ -95,11 +93,10 @@ def search_head(
     """Train a grid of heads on folds of the training set, and choose one setting.
 
     Args:
-        inputs, labels, tail, course, every, memory: see `grid.train_heads`.
+        inputs, labels, tail, course, memory: see `grid.train_heads`.
         classes: C.
         epochs: lengths of run to compare. label_smoothing: of all settings of the default grid.
-        standardised: features to compare in it: raw ones, scaled ones (`standardise.Scaling.of(inputs)`), or both.
-        settings: to compare; None: `grid_for`.
+        settings: to compare; None: `grid.default_settings` of the first input.
         folds: K, 2 at least; not more than there are samples.
         seed: of the folds.
         dropout: False: train without the tail's. On maps its random numbers cost more than the heads.
@@ -116,17 +113,18 @@ def search_head(
     if settings is not None and not settings:
         raise UsageError("there are no settings to compare; expected at least one.")
     tail = tail if dropout else without_dropout(tail)
-    read = pooled(inputs, len(labels))
-    linear = ridge(read, labels, classes=classes)
-    near = knn_accuracy(read, labels)
+    every = math.ceil(len(labels) / _MOST)
+    read, own = pooled(inputs, len(labels))[::every], labels[::every]
+    linear = ridge(read, own, classes=classes)
+    near = knn_accuracy(read, own)
     if settings is None:
-        shared = {"epochs": epochs, "label_smoothing": label_smoothing, "standardised": standardised}
-        settings = grid_for(inputs, tail, course, **shared)
+        options = {"epochs": epochs, "label_smoothing": label_smoothing}
+        settings = default_settings(inputs[0], optimizer=course.optimizer, **options)
     parts = fold_of(labels, folds, seed=seed)
     mine = [*enumerate(settings)][rank::ranks]
-    options = {"tail": tail, "course": course, "folds": parts, "every": every, "memory": memory}
-    curves = train_heads(inputs, labels, [setting for _, setting in mine], **options) if mine else []
-    rows = [_row(place, curve) for (place, _), curve in zip(mine, curves, strict=True)]
+    options = {"tail": tail, "course": course, "folds": parts, "memory": memory}
+    heads = train_heads(inputs, labels, [setting for _, setting in mine], **options) if mine else []
+    rows = [_row(place, trained) for (place, _), trained in zip(mine, heads, strict=True)]
     table = sorted((row for some in merge(rows) for row in some), key=lambda row: row["place"])
     chosen, error = choose(table, samples=len(labels))
     accuracies = [row["accuracy"] for row in table]
@@ -168,44 +166,12 @@ def choose(table: Sequence[Row], *, samples: int) -> tuple[int, float]:
     return min(near, key=lambda place: table[place]["nll"]), error
 
 
-def grid_for(
-    inputs: Inputs,
-    tail: nn.Module,
-    course: Course,
-    *,
-    epochs: Sequence[int] = (10,),
-    label_smoothing: float = 0.0,
-    standardised: Sequence[bool] = (False, True),
-) -> list[HeadSetting]:
-    """The grid that a tail can pay for: 12 rates × 6 decays for a linear layer, 8 rates for any other tail.
-
-    A head on maps costs a hundred times a linear one, and in runs of some hundred steps the decay hardly matters: there
-    it is the smallest of the grid. A tail of several inputs is compared on raw ones alone.
-    """
-    linear = isinstance(stack(tail, torch.ones(1), tuple(tensor[:1] for tensor in inputs)), LinearStack)
-    few = not linear or inputs[0].ndim > 2
-    return default_settings(
-        inputs[0],
-        optimizer=course.optimizer,
-        epochs=epochs,
-        lrs=8 if few else 12,
-        weight_decays=1 if few else 6,
-        label_smoothing=label_smoothing,
-        standardised=standardised if len(inputs) == 1 else (False,),
-    )
-
-
 def pooled(inputs: Inputs, samples: int) -> Tensor:
     """The first view as `[N, D]`: the mean over the positions of a map, several inputs side by side."""
     rows = [tensor[:samples] for tensor in inputs]
     return torch.cat([tensor.flatten(2).mean(dim=2) if tensor.ndim > 2 else tensor for tensor in rows], dim=1)
 
 
-def _row(place: int, curve: Curve) -> Row:
-    points = [[epoch, curve.accuracy(epoch), _finite(curve.loss(epoch))] for epoch in curve.right]
-    _, accuracy, nll = points[-1]
-    return {"place": place, **asdict(curve.setting), "accuracy": accuracy, "nll": nll, "curve": points}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _row(place: int, trained: Trained) -> Row:
+    nll = trained.loss if math.isfinite(trained.loss) else None
+    return {"place": place, **asdict(trained.setting), "accuracy": trained.accuracy, "nll": nll}

@@ -42,11 +42,11 @@ class _Grid(NamedTuple):
 # The first that is not too much work is taken. Work is counted in operations, not in seconds: a run that starts again
 # must come to the same grid.
 _GRIDS = (
-    _Grid([10, 40], 12, 3, 5),
-    _Grid([10, 40], 12, 1, 5),
-    _Grid([10, 40], 8, 1, 3),
-    _Grid([10], 12, 1, 5),
-    _Grid([10], 8, 1, 3),
+    _Grid([10, 40], 8, 2, 5),
+    _Grid([10, 40], 8, 1, 5),
+    _Grid([10, 40], 6, 1, 3),
+    _Grid([10], 8, 1, 5),
+    _Grid([10], 6, 1, 3),
 )
 _MOST_WORK = defaultdict(lambda: 1e14, cpu=1e12)
 
@@ -144,7 +144,6 @@ def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig, between: Ca
             lrs=grid.rates,
             weight_decays=grid.decays,
             label_smoothing=optim.label_smoothing,
-            standardised=[False],
         )
         if optim.weight_decay != "auto":
             settings = [*dict.fromkeys(replace(setting, weight_decay=optim.weight_decay) for setting in settings)]
