@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from trainer.errors import UsageError
-from trainer.heads.grid import Course, HeadSetting, fold_of, grid_of, train_heads
+from trainer.heads.grid import Course, HeadSetting, default_settings, fold_of, train_heads
 from trainer.heads.stack import LinearStack, ModuleStack, stack
 
 SAMPLES, CLASSES, SIZE, BATCH = 45, 3, 8, 8
@@ -74,20 +74,19 @@ def alone(tail: nn.Module, x: Tensor, labels: Tensor, setting: HeadSetting, trai
 
 
 def compare(tail: nn.Module, x: Tensor, labels: Tensor, settings: Sequence[HeadSetting], course: Course, folds: Tensor):
-    curves = train_heads(x, labels, settings, tail=tail, course=course, folds=folds)
-    for setting, curve in zip(settings, curves, strict=True):
+    every = train_heads(x, labels, settings, tail=tail, course=course, folds=folds)
+    for setting, trained in zip(settings, every, strict=True):
         right, nll = 0, 0.0
         for fold in range(int(folds.max()) + 1):
             head = alone(tail, x, labels, setting, folds != fold, course)
             for name, parameter in head.named_parameters():
                 if parameter.requires_grad:
-                    torch.testing.assert_close(curve.tensors[name][fold], parameter, rtol=1e-4, atol=1e-5)
+                    torch.testing.assert_close(trained.tensors[name][fold], parameter, rtol=1e-4, atol=1e-5)
             logits = head(x[:SAMPLES][folds == fold]).detach()
             right += int((logits.argmax(dim=1) == labels[folds == fold]).sum())
             nll += float(F.cross_entropy(logits, labels[folds == fold], reduction="sum"))
-        assert sum(curve.right[setting.epochs]) == right
-        assert curve.loss() == pytest.approx(nll / SAMPLES, rel=1e-4)
-        assert list(curve.right) == list(range(1, setting.epochs + 1))
+        assert sum(trained.right) == right
+        assert trained.loss == pytest.approx(nll / SAMPLES, rel=1e-4)
 
 
 GRID = [
@@ -143,35 +142,34 @@ def test_what_is_frozen_in_a_tail_is_shared():
     torch.manual_seed(0)
     tail, (x, labels) = TAILS["perceptron"](), data(SIZE)
     tail[0].requires_grad_(False)
-    curves = train_heads(x, labels, GRID, tail=tail, course=course(), folds=fold_of(labels, 3, seed=1))
-    assert set(curves[0].tensors) == {"1.weight", "1.bias", "4.weight", "4.bias"}
+    every = train_heads(x, labels, GRID, tail=tail, course=course(), folds=fold_of(labels, 3, seed=1))
+    assert set(every[0].tensors) == {"1.weight", "1.bias", "4.weight", "4.bias"}
     compare(tail, x, labels, GRID, course(), fold_of(labels, 3, seed=1))
 
 
 def test_groups_and_repetitions_have_the_same_bits_and_nothing_outside_changes():
     tail, (x, labels) = TAILS["dropout"](), data(SIZE)
     before, random = {name: value.clone() for name, value in tail.state_dict().items()}, torch.get_rng_state()
-    settings = grid_of(x, epochs=(2,), rates=3, decays=2)
+    settings = default_settings(x, epochs=(2,), lrs=3, weight_decays=2)
     arguments = {"tail": tail, "course": course(), "folds": fold_of(labels, 3, seed=1)}
     one, again = (train_heads(x, labels, settings, **arguments) for _ in range(2))
     small = train_heads(x, labels, settings, memory=1e-9, **arguments)
     for a, b, c in zip(one, again, small, strict=True):
         assert a.right == b.right == c.right
         assert a.nll == b.nll
-        assert a.loss() == pytest.approx(c.loss(), rel=1e-5)
+        assert a.loss == pytest.approx(c.loss, rel=1e-5)
         assert torch.equal(a.tensors["2.weight"], b.tensors["2.weight"])
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(before[name], value) for name, value in tail.state_dict().items())
     assert tail.training
 
 
-def test_a_validation_set_instead_of_folds():
+def test_without_folds_heads_are_trained_on_all_samples():
     tail, (x, labels) = nn.Linear(SIZE, CLASSES), data(SIZE)
-    (curve,) = train_heads(x, labels, GRID[:1], tail=tail, course=course(), val=(x[:20], labels[:20]), every=None)
+    (trained,) = train_heads(x, labels, GRID[:1], tail=tail, course=course())
     head = alone(tail, x, labels, GRID[0], torch.ones(SAMPLES, dtype=torch.bool), course())
-    torch.testing.assert_close(curve.tensors["weight"][0], head.weight, rtol=1e-4, atol=1e-5)
-    assert list(curve.right) == [3]
-    assert curve.accuracy() == float((head(x[:20]).argmax(dim=1) == labels[:20]).double().mean())
+    torch.testing.assert_close(trained.tensors["weight"][0], head.weight, rtol=1e-4, atol=1e-5)
+    assert trained.count == []
 
 
 def test_folds_have_their_share_of_each_class():
@@ -183,15 +181,16 @@ def test_folds_have_their_share_of_each_class():
     assert not torch.equal(folds, fold_of(labels, 5, seed=4))
 
 
-def test_the_grid_follows_the_scale_of_the_features():
+@pytest.mark.parametrize(("optimizer", "power"), [("adamw", 1), ("sgd", 2)])
+def test_the_grid_follows_the_scale_of_the_features(optimizer, power):
     x, _ = data(SIZE)
-    settings = grid_of(x)
-    assert len(settings) == 12 * 3
-    assert (settings[0].lr, settings[-1].lr) == (1e-4, 1.0)
-    assert max(s.lr for s in grid_of(x[:, :, None, None])) == 0.0316, "maps"
-    one, ten = (grid_of(scale * x, optimizer="sgd") for scale in (1, 10))
-    assert ten[0].lr == pytest.approx(one[0].lr / 100, rel=0.01)
-    assert ten[0].weight_decay == pytest.approx(one[0].weight_decay * 100, rel=0.01)
+    one, ten = (default_settings(scale * x, optimizer=optimizer) for scale in (100, 1000))
+    assert ten[0].lr == pytest.approx(one[0].lr / 10**power, rel=0.01)
+    assert ten[0].weight_decay == pytest.approx(one[0].weight_decay * (100 if optimizer == "sgd" else 1), rel=0.01)
+    settings = default_settings(x, optimizer=optimizer, lrs=5, weight_decays=3, epochs=(2, 4))
+    assert 20 <= len(settings) <= 30
+    assert max(s.lr * s.weight_decay for s in settings) < 1
+    assert max(s.lr for s in default_settings(0 * x, optimizer=optimizer)) in (1.0, 10.0)
 
 
 def test_tails_that_cannot_be_compared():

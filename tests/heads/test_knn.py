@@ -1,11 +1,10 @@
-"""Votes and distances of nearest neighbours."""
+"""Votes of nearest neighbours."""
 
 import pytest
 import torch
 
-from trainer.errors import UsageError
 from trainer.heads import knn
-from trainer.heads.knn import Distances, knn_accuracy
+from trainer.heads.knn import knn_accuracy
 
 # Angles in degrees: two groups, and one sample of class 1 amid class 0.
 ANGLES = torch.deg2rad(torch.tensor([0.0, 2.0, 5.0, 3.0, 90.0, 93.0, 97.0]))
@@ -25,14 +24,3 @@ def test_others_are_classified_by_all_and_ties_by_similarity():
     query = torch.stack([query.cos(), query.sin()], dim=1), torch.tensor([0, 1])
     assert knn_accuracy(FEATURES, LABELS, ks=(1, 2), queries=query) == {1: 1.0, 2: 1.0}
     assert knn_accuracy(FEATURES[:1], LABELS[:1]) == {}
-
-
-def test_distance_to_the_kth_neighbour():
-    far = Distances(FEATURES, k=2)
-    at = torch.deg2rad(torch.tensor([180.0]))
-    found = far(torch.stack([at.cos(), at.sin()], dim=1))
-    torch.testing.assert_close(found, 2 * torch.sin(torch.deg2rad(torch.tensor([87.0 / 2]))), rtol=1e-5, atol=0)
-    own = 2 * torch.sin(torch.deg2rad(torch.tensor(7.0 / 2)))  # from 90 or 97 to 97 or 90, its second neighbour
-    assert far.threshold(1.0) == pytest.approx(float(own), rel=1e-4)
-    with pytest.raises(UsageError, match="expected 1 to 6"):
-        Distances(FEATURES, k=7)

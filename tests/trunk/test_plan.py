@@ -48,10 +48,9 @@ def test_features_of_an_earlier_run_are_found_and_take_no_time():
         "plan    features of 512, 2.05 kB an image; val found in memory (2.05 MB); train found in here (8.19 MB): "
         "nothing to compute (trunk as it is)"
     )
-    assert (
-        "val found in memory (2.05 MB); train kept in here (8.19 MB), without augmentation (--augment crop: about 40 s in each epoch): about 40 s once"
-        in str(_plan(found[0], KEPT))
-    )
+    text = str(_plan(found[0], KEPT))
+    assert "val found in memory (2.05 MB); train kept in here (8.19 MB), without augmentation (" in text
+    assert "in each epoch): about 40 s once (" in text
 
 
 def test_several_views_are_counted_and_said():

@@ -2,7 +2,7 @@
 
     from trainer.heads import Course, search_head
 
-Everything here is a function of tensors, for notebooks and scripts: train.py does not search a head yet. The same call
+Everything but `tuning`, the search of train.py, is a function of tensors, for notebooks and scripts too. The same call
 on the same machine returns the same bits.
 """
 

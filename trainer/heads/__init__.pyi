@@ -1,11 +1,9 @@
 from .calibration import temperature as temperature
 from .grid import Course as Course
-from .grid import Curve as Curve
 from .grid import HeadSetting as HeadSetting
+from .grid import Trained as Trained
 from .grid import train_heads as train_heads
-from .knn import Distances as Distances
 from .knn import knn_accuracy as knn_accuracy
-from .ridge import Moments as Moments
 from .ridge import Ridge as Ridge
 from .search import Choice as Choice
 from .search import search_head as search_head

@@ -5,6 +5,7 @@ run's own window without them, its loss the mean over the rest. So it makes as m
 will, with slightly smaller windows. A window that lies in its fold as a whole has the gradient zero.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, product
@@ -17,7 +18,6 @@ from trainer.heads.optimizer import Optimizer
 from trainer.heads.stack import Inputs, Stack, bytes_of, stack
 
 _ROWS = 256  # samples at a time in an evaluation
-_Held = tuple[Inputs, Tensor, Tensor, slice]  # features, labels, the rows of both that count, the heads they are for
 
 
 @dataclass(frozen=True)
@@ -53,29 +53,31 @@ class Course:
 
 
 @dataclass
-class Curve:
-    """One setting, over its epochs, on samples that its heads have not seen.
+class Trained:
+    """The heads of one setting, and what they are worth on samples that they have not seen.
 
     Attributes:
         setting: of the heads.
-        count: samples in each fold, `[K]`; one fold if there is a validation set instead.
-        right: of them, by epoch (counted from 1): `[K]`. nll: their sum of negative log-likelihoods, by epoch: `[K]`.
         tensors: the trained tensors `[K, ...]`, by name.
+        count: samples in each fold, `[K]`; empty without folds.
+        right: of them, `[K]`. nll: their sums of negative log-likelihoods, `[K]`, in nats.
     """
 
     setting: HeadSetting
-    count: list[int]
-    right: dict[int, list[int]] = field(default_factory=dict)
-    nll: dict[int, list[float]] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor]
+    count: list[int] = field(default_factory=list)
+    right: list[int] = field(default_factory=list)
+    nll: list[float] = field(default_factory=list)
 
-    def accuracy(self, epoch: int | None = None) -> float:
-        """Each held-out sample counted once; after the last epoch, or the one that is named."""
-        return sum(self.right[epoch or self.setting.epochs]) / sum(self.count)
+    @property
+    def accuracy(self) -> float:
+        """Each held-out sample counted once."""
+        return sum(self.right) / sum(self.count)
 
-    def loss(self, epoch: int | None = None) -> float:
+    @property
+    def loss(self) -> float:
         """The mean NLL, in nats."""
-        return sum(self.nll[epoch or self.setting.epochs]) / sum(self.count)
+        return sum(self.nll) / sum(self.count)
 
 
 def train_heads(
@@ -86,10 +88,8 @@ def train_heads(
     tail: nn.Module,
     course: Course,
     folds: Tensor | None = None,
-    val: tuple[Tensor | Inputs, Tensor] | None = None,
-    every: int | None = 1,
-    memory: float = 1.0,
-) -> list[Curve]:
+    memory: float = 2.0,
+) -> list[Trained]:
     """Train every setting from the tail's own weights; the tail is not changed.
 
     Args:
@@ -97,33 +97,29 @@ def train_heads(
             reads the view e modulo their number.
         labels: int64 `[N]`, on the features' device.
         settings: of the heads.
-        tail: features → logits `[B, C]`; a linear layer (with dropout) is fastest, see `stack`.
+        tail: features → logits `[B, C]`; a linear layer or a 1×1 convolution is fastest, see `stack`.
         course: what they share with the run.
         folds: int64 `[N]`, the fold of each sample, 0 to K − 1: K heads a setting, each evaluated on its fold, in the
-            first view. None: one head a setting, trained on all samples.
-        val: features and labels to evaluate on if there are no folds.
-        every: epochs between evaluations; the last is evaluated in any case. None: that one alone.
+            first view. None: one head a setting, trained on all samples, and no evaluation.
         memory: GiB that heads which are trained together may take.
 
     Returns:
-        One curve for each setting, in their order.
+        The heads of each setting, in their order.
     """
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
-    if val is not None:
-        val = ((val[0],) if isinstance(val[0], Tensor) else val[0], val[1])
     count = 1 if folds is None else int(folds.max()) + 1
-    curves: dict[int, Curve] = {}
+    found: dict[int, Trained] = {}
     sample = tuple(tensor[: max(len(window) for window in course.windows(0))] for tensor in inputs)
     most = max(int(memory * 2**30 / (bytes_of(tail, sample) * count)), 1)
     devices = [labels.device] if labels.device.type == "cuda" else []
     for epochs in sorted({setting.epochs for setting in settings}):
-        places = [i for i, setting in enumerate(settings) if setting.epochs == epochs]
+        places = [place for place, setting in enumerate(settings) if setting.epochs == epochs]
         for first in range(0, len(places), most):
             group = places[first : first + most]
             with torch.random.fork_rng(devices), torch.no_grad():
-                found = _train(inputs, labels, [settings[i] for i in group], tail, course, folds, val, every)
-            curves |= zip(group, found, strict=True)
-    return [curves[place] for place in range(len(settings))]
+                trained = _train(inputs, labels, [settings[place] for place in group], tail, course, folds)
+            found |= zip(group, trained, strict=True)
+    return [found[place] for place in range(len(settings))]
 
 
 def fold_of(labels: Tensor, folds: int, *, seed: int) -> Tensor:
@@ -136,32 +132,33 @@ def fold_of(labels: Tensor, folds: int, *, seed: int) -> Tensor:
     return found.to(labels.device)
 
 
-def grid_of(
+def default_settings(
     inputs: Tensor,
     *,
     optimizer: str = "adamw",
     epochs: Sequence[int] = (10,),
-    rates: int = 12,
-    decays: int = 3,
+    lrs: int = 8,
+    weight_decays: int = 2,
     label_smoothing: float = 0.0,
 ) -> list[HeadSetting]:
-    """A log-spaced grid around what suits the features `[N, D, ...]`.
+    """A log-spaced grid around what suits the scale of the features `[N, D, ...]`.
 
-    AdamW's step does not depend on the scale of the gradient: rates from 1e-4 to 1, or to 0.03 for maps, whose heads
-    end in a ReLU that large steps kill; decays from 1e-3 to 0.1. The step of SGD and its decay do: rates are shares,
-    from 1e-3 to 10, of one over the mean squared norm, decays, from 1e-6 to 1e-4, shares of that norm.
-
-    Args:
-        inputs: features; their scale and number of dimensions count.
-        optimizer: "adamw" or "sgd". epochs: lengths of run. label_smoothing: of all.
-        rates, decays: how many of each.
+    A step of AdamW moves a weight by the rate, whatever the gradient, and so a logit by up to the rate times the sum of
+    the features' magnitudes: rates go from 0.3 to 100 over it, but not above 1; decays from 0.01 to 1. The step of
+    SGD and its decay follow the gradient: rates are shares, from 1e-3 to 10, of one over the mean squared norm, decays,
+    from 1e-6 to 1e-2, shares of that norm. Pairs whose product is 1 or more are omitted: a step would turn weights
+    round.
     """
-    lrs, others = torch.logspace(-4, 0 if inputs.ndim < 3 else -1.5, rates), torch.logspace(-3, -1, decays)
+    size = inputs.shape[1]
     if optimizer == "sgd":
-        squares = float(inputs.double().square().mean() * inputs.shape[1]) or 1.0
-        lrs, others = torch.logspace(-3, 1, rates) / squares, torch.logspace(-6, -4, decays) * squares
-    rounded = [[float(f"{value:.3g}") for value in values.tolist()] for values in (lrs, others)]
-    return [HeadSetting(lr, decay, label_smoothing, length) for length in epochs for lr, decay in product(*rounded)]
+        squares = float(inputs.double().square().mean() * size) or 1.0
+        rates, decays = torch.logspace(-3, 1, lrs) / squares, torch.logspace(-6, -2, weight_decays) * squares
+    else:
+        scale = max(float(inputs.abs().mean(dtype=torch.float64) * size), 100.0)
+        rates, decays = torch.logspace(math.log10(0.3), 2, lrs) / scale, torch.logspace(-2, 0, weight_decays)
+    rounded = [[float(f"{value:.3g}") for value in values.tolist()] for values in (rates, decays)]
+    pairs = [(lr, decay) for lr, decay in product(*rounded) if lr * decay < 1]
+    return [HeadSetting(*pair, label_smoothing, length) for length in epochs for pair in pairs]
 
 
 def _train(
@@ -171,10 +168,8 @@ def _train(
     tail: nn.Module,
     course: Course,
     folds: Tensor | None,
-    val: tuple[Inputs, Tensor] | None,
-    every: int | None,
-) -> list[Curve]:
-    """Heads of one length, on the same features. Head `s · K + k` has setting s, and leaves out fold k."""
+) -> list[Trained]:
+    """Heads of one length. Head `s · K + k` has setting s, and leaves out fold k."""
     samples, device, epochs = len(labels), labels.device, settings[0].epochs
     views = len(inputs[0]) // samples
     counts = torch.ones(samples, 1, device=device)  # [N, K], 1 where the sample counts
@@ -191,14 +186,6 @@ def _train(
     options = {"momentum": course.momentum, "clip_norm": course.clip_norm}
     optimizer = Optimizer(heads.tensors, course.optimizer, lr=rates, weight_decay=each("weight_decay"), **options)
     smoothing = each("label_smoothing")
-    first = tuple(tensor[:samples] for tensor in inputs)
-    held: list[_Held] = []
-    if folds is not None:
-        rows = [(folds == fold).nonzero()[:, 0] for fold in range(number)]
-        held = [(first, labels, row, slice(fold, None, number)) for fold, row in enumerate(rows)]
-    elif val is not None:
-        held = [(*val, torch.arange(len(val[1]), device=device), slice(None))]
-    curves = [Curve(setting, [len(rows) for _, _, rows, _ in held]) for setting in settings]
     done = step = 0
     for epoch in range(epochs):
         windows = [list(window) for window in course.windows(epoch)]
@@ -212,12 +199,18 @@ def _train(
             gradient = _gradient(logits, labels.index_select(0, index), smoothing, weights)
             optimizer.step(heads.backward(gradient), course.factor((done + len(index) / 2) / (epochs * samples)))
             done, step = done + len(index), step + 1
-        if held and (epoch + 1 == epochs or (every is not None and (epoch + 1) % every == 0)):
-            _evaluate(heads, held, curves, epoch + 1)
-    for place, curve in enumerate(curves):
+    found = []
+    for place, setting in enumerate(settings):
         part = slice(place * number, (place + 1) * number)
-        curve.tensors = {name: tensor[part] * curve.setting.lr for name, tensor in heads.tensors.items()}
-    return curves
+        found.append(Trained(setting, {name: tensor[part] * setting.lr for name, tensor in heads.tensors.items()}))
+    for fold in range(number if folds is not None else 0):
+        rows = (folds == fold).nonzero()[:, 0]
+        right, nll = _evaluate(heads, inputs, labels, rows, slice(fold, None, number))
+        for trained, own_right, own_nll in zip(found, right, nll, strict=True):
+            trained.count.append(len(rows))
+            trained.right.append(own_right)
+            trained.nll.append(own_nll)
+    return found
 
 
 def _gradient(logits: Tensor, labels: Tensor, smoothing: Tensor, weights: Tensor) -> Tensor:
@@ -230,18 +223,12 @@ def _gradient(logits: Tensor, labels: Tensor, smoothing: Tensor, weights: Tensor
     return gradient.transpose(1, 2).contiguous()
 
 
-def _evaluate(heads: Stack, held: Sequence[_Held], curves: Sequence[Curve], epoch: int) -> None:
-    """Count what is right, and add up the NLL, of every part that is held out, by the heads that have not seen it."""
-    rights, losses = [], []
-    for inputs, labels, rows, part in held:
-        right, loss = [], []
-        for index in rows.split(_ROWS):
-            logits = heads.logits(tuple(tensor.index_select(0, index) for tensor in inputs), heads=part)  # [B, H, C]
-            truth = labels.index_select(0, index)[:, None].expand(logits.shape[:2])  # [B, H]
-            right.append((logits.argmax(dim=2) == truth).sum(dim=0))
-            loss.append(F.cross_entropy(logits.movedim(2, 1).float(), truth, reduction="none").double().sum(dim=0))
-        rights.append(torch.stack(right).sum(dim=0))
-        losses.append(torch.stack(loss).sum(dim=0))
-    every_right, every_loss = torch.stack(rights, dim=1).tolist(), torch.stack(losses, dim=1).tolist()  # [S, K]
-    for curve, right, loss in zip(curves, every_right, every_loss, strict=True):
-        curve.right[epoch], curve.nll[epoch] = right, loss
+def _evaluate(heads: Stack, inputs: Inputs, labels: Tensor, rows: Tensor, part: slice) -> tuple[list[int], list[float]]:
+    """How many of these rows a part of the heads gets right, and the sum of their NLL, for each head."""
+    right, losses = [], []
+    for index in rows.split(_ROWS):
+        logits = heads.logits(tuple(tensor.index_select(0, index) for tensor in inputs), heads=part)  # [B, H, C]
+        truth = labels.index_select(0, index)[:, None].expand(logits.shape[:2])  # [B, H]
+        right.append((logits.argmax(dim=2) == truth).sum(dim=0))
+        losses.append(F.cross_entropy(logits.movedim(2, 1), truth, reduction="none").double().sum(dim=0))
+    return torch.stack(right).sum(dim=0).tolist(), torch.stack(losses).sum(dim=0).tolist()

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import DataError, UsageError
-from trainer.heads.grid import Course, Curve, HeadSetting, fold_of, train_heads
+from trainer.heads.grid import Course, HeadSetting, Trained, default_settings, fold_of, train_heads
 from trainer.heads.knn import knn_accuracy
 from trainer.heads.ridge import ridge
 from trainer.heads.stack import Inputs, without_dropout
+
+_MOST = 10_000  # samples of ridge regression and nearest neighbours: they are for orientation
 
 Row = dict[str, Any]
 
@@ -36,10 +38,9 @@ class Choice:
         accuracy: of its heads. nll: theirs, in nats. error: its standard error.
         worst, median, best: accuracies over the grid; a setting that diverged counts.
         diverged: settings whose NLL is not finite.
-        ridge: leave-one-out accuracy of ridge regression. knn: that of the best k.
+        ridge: leave-one-out accuracy of ridge regression, on at most 10,000 of the samples. knn: that of the best k.
         samples: N. folds: K.
-        table: one row a setting, in plain types: those of HeadSetting, "accuracy", "nll" (None if not finite) and
-            "curve": [epoch, accuracy, nll] of each evaluation.
+        table: one row a setting, in plain types: those of HeadSetting, "accuracy" and "nll" (None if not finite).
     """
 
     setting: HeadSetting
@@ -78,11 +79,12 @@ def search_head(
     course: Course,
     *,
     classes: int,
-    settings: Sequence[HeadSetting],
+    epochs: Sequence[int] = (10,),
+    label_smoothing: float = 0.0,
+    settings: Sequence[HeadSetting] | None = None,
     folds: int = 5,
     seed: int = 0,
     dropout: bool = True,
-    every: int | None = None,
     memory: float = 2.0,
     rank: int = 0,
     ranks: int = 1,
@@ -91,9 +93,10 @@ def search_head(
     """Train a grid of heads on folds of the training set, and choose one setting.
 
     Args:
-        inputs, labels, tail, course, every, memory: see `grid.train_heads`.
+        inputs, labels, tail, course, memory: see `grid.train_heads`.
         classes: C.
-        settings: to compare, such as `grid.grid_of(inputs)`.
+        epochs: lengths of run to compare. label_smoothing: of all settings of the default grid.
+        settings: to compare; None: `grid.default_settings` of the first input.
         folds: K, 2 at least; not more than there are samples.
         seed: of the folds.
         dropout: False: train without the tail's. On maps its random numbers cost more than the heads.
@@ -107,17 +110,21 @@ def search_head(
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     if folds < 2:
         raise UsageError(f"folds is {folds}: expected at least 2.")
-    if not settings:
+    if settings is not None and not settings:
         raise UsageError("there are no settings to compare; expected at least one.")
     tail = tail if dropout else without_dropout(tail)
-    read = pooled(inputs, len(labels))
-    linear = ridge(read, labels, classes=classes)
-    near = knn_accuracy(read, labels)
+    every = math.ceil(len(labels) / _MOST)
+    read, own = pooled(inputs, len(labels))[::every], labels[::every]
+    linear = ridge(read, own, classes=classes)
+    near = knn_accuracy(read, own)
+    if settings is None:
+        options = {"epochs": epochs, "label_smoothing": label_smoothing}
+        settings = default_settings(inputs[0], optimizer=course.optimizer, **options)
     parts = fold_of(labels, folds, seed=seed)
     mine = [*enumerate(settings)][rank::ranks]
-    options = {"tail": tail, "course": course, "folds": parts, "every": every, "memory": memory}
-    curves = train_heads(inputs, labels, [setting for _, setting in mine], **options) if mine else []
-    rows = [_row(place, curve) for (place, _), curve in zip(mine, curves, strict=True)]
+    options = {"tail": tail, "course": course, "folds": parts, "memory": memory}
+    heads = train_heads(inputs, labels, [setting for _, setting in mine], **options) if mine else []
+    rows = [_row(place, trained) for (place, _), trained in zip(mine, heads, strict=True)]
     table = sorted((row for some in merge(rows) for row in some), key=lambda row: row["place"])
     chosen = choose(table)
     accuracies = [row["accuracy"] for row in table]
@@ -170,11 +177,6 @@ def pooled(inputs: Inputs, samples: int) -> Tensor:
     return torch.cat([tensor.flatten(2).mean(dim=2) if tensor.ndim > 2 else tensor for tensor in rows], dim=1)
 
 
-def _row(place: int, curve: Curve) -> Row:
-    points = [[epoch, curve.accuracy(epoch), _finite(curve.loss(epoch))] for epoch in curve.right]
-    _, accuracy, nll = points[-1]
-    return {"place": place, **asdict(curve.setting), "accuracy": accuracy, "nll": nll, "curve": points}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _row(place: int, trained: Trained) -> Row:
+    nll = trained.loss if math.isfinite(trained.loss) else None
+    return {"place": place, **asdict(trained.setting), "accuracy": trained.accuracy, "nll": nll}

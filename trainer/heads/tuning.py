@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.config import Config, OptimConfig, to_dict
 from trainer.data.sampling import kept_randomness, random_key
 from trainer.errors import UsageError
-from trainer.heads.grid import Course, grid_of
+from trainer.heads.grid import Course, default_settings
 from trainer.heads.search import Choice, search_head
 from trainer.heads.stack import Inputs, stack
 from trainer.processes.together import gather, on_main, print_main
@@ -42,11 +42,11 @@ class _Grid(NamedTuple):
 # The first that is not too much work is taken. Work is counted in operations, not in seconds: a run that starts again
 # must come to the same grid.
 _GRIDS = (
-    _Grid([10, 40], 12, 3, 5),
-    _Grid([10, 40], 12, 1, 5),
-    _Grid([40], 9, 1, 5),
-    _Grid([10], 12, 1, 5),
-    _Grid([10], 8, 1, 3),
+    _Grid([10, 40], 8, 2, 5),
+    _Grid([10, 40], 8, 1, 5),
+    _Grid([40], 8, 1, 5),
+    _Grid([10], 8, 1, 5),
+    _Grid([10], 6, 1, 3),
 )
 _MOST_WORK = defaultdict(lambda: 1e14, cpu=1.5e12)
 
@@ -136,12 +136,12 @@ def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig, between: Ca
     )
     each = 6 * macs(tail, inputs) * len(train)  # operations of one head in one epoch, backward included
     for grid in _GRIDS:
-        settings = grid_of(
+        settings = default_settings(
             inputs[0],
             optimizer=optim.optimizer,
             epochs=grid.epochs if optim.epochs == "auto" else [optim.epochs],
-            rates=grid.rates,
-            decays=grid.decays,
+            lrs=grid.rates,
+            weight_decays=grid.decays,
             label_smoothing=optim.label_smoothing,
         )
         if optim.weight_decay != "auto":
