@@ -173,7 +173,7 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors that training can change: trainable parameters, and persistent buffers of modules that are not locked.
+    """The tensors that training can change: trainable parameters, and persistent buffers of modules without a lock.
 
     Returns:
         The tensors themselves, not copies, by their names in the model and in its order. A tied parameter has its first
@@ -183,7 +183,7 @@ def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The other parameters and persistent buffers of the model: training must not change them; see `trained_tensors`."""
+    """The other parameters and persistent buffers of the model, which training must not change."""
     return dict(_tensors(model, trained=False))
 
 
