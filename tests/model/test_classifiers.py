@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,13 @@ from states import made_state
 from torch import Tensor, nn
 from torchvision import models
 
+from trainer.config import WeightsConfig
 from trainer.data.transforms import InputSpec
 from trainer.errors import CheckpointError, DataError, UsageError
 from trainer.model import weights_file
 from trainer.model.classifiers import Classifier, build_model, model_names
 from trainer.model.freezing import fingerprint, freeze, trained_tensors
-from trainer.model.weights import WeightsFilter
+from trainer.model.weights_filter import from_stored
 from trainer.recipes import Recipe
 from trainer.storage import checkpoint
 
@@ -182,10 +183,8 @@ def test_part_of_a_file_over_random_values(name, tmp_path):
     kept = list(stock)[: len(stock) // 2]
     file = {"ema": {f"module.net.{k}": stock[k] for k in kept} | {"n_averaged": torch.tensor(1)}, "epoch": 3}
     torch.save(file, tmp_path / "half.pt")
-    options = {"weights": str(tmp_path / "half.pt"), "seed": 3}
-    classifier = build_model(
-        name, 7, match=WeightsFilter(weights_match="shape", weights_rename=("net", ""), weights_coverage=0), **options
-    )
+    weights = WeightsConfig(str(tmp_path / "half.pt"), "shape", weights_rename=("net", ""), weights_coverage=0)
+    classifier = build_model(name, 7, weights=weights, seed=3)
     for key, value in classifier.model.state_dict().items():
         assert torch.equal(value, stock[key] if key in kept else plain.model.state_dict()[key]), key
     outside = {k: p.numel() for k, p in plain.model.named_parameters() if not k.startswith(plain.head)}
@@ -195,21 +194,16 @@ def test_part_of_a_file_over_random_values(name, tmp_path):
     assert classifier.base["match"] == {"weights_match": "shape", "weights_rename": ["net", ""], "weights_coverage": 0}
     assert classifier.base["seed"] == 3
     with pytest.raises(DataError, match=r"expected at least 99% \(--weights-coverage\)"):
-        build_model(
-            name,
-            7,
-            match=WeightsFilter(weights_match="shape", weights_rename=("net", ""), weights_coverage=0.99),
-            **options,
-        )
+        build_model(name, 7, weights=replace(weights, weights_coverage=0.99), seed=3)
 
 
 def test_resnet18_into_resnet34(tmp_path):
     """The numbers were counted by hand, from the layers of the two models."""
     path = constant_file("resnet18", tmp_path / "resnet18.pth")
     with pytest.raises(DataError, match=r"only 52.5% of the parameters .*; expected at least 90%"):
-        build_model("resnet34", 7, weights=str(path), match=WeightsFilter(weights_match="shape"))
+        build_model("resnet34", 7, weights=WeightsConfig(str(path), weights_match="shape"))
     classifier = build_model(
-        "resnet34", 7, weights=str(path), match=WeightsFilter(weights_match="shape", weights_coverage=0.5)
+        "resnet34", 7, weights=WeightsConfig(str(path), weights_match="shape", weights_coverage=0.5)
     )
     report = classifier.report
     # 1 + 5 of the stem, 4 · (2 · 12) of the blocks, 3 · 6 of the shortcuts.
@@ -236,7 +230,7 @@ def test_a_head_of_the_same_number_of_classes_is_taken(tmp_path):
     assert torch.all(classifier.model.fc.weight == 1)
     assert classifier.report.set_aside == []
     assert classifier.report.loaded[-2:] == ["fc.weight", "fc.bias"]
-    without = build_model("resnet18", 7, weights=str(path), match=WeightsFilter(weights_except=("fc",)))
+    without = build_model("resnet18", 7, weights=WeightsConfig(str(path), weights_except=("fc",)))
     assert without.model.fc.weight.std() > 0
     assert without.report.left_out == ["fc.weight", "fc.bias"]
     assert without.report.coverage == 1
@@ -245,7 +239,7 @@ def test_a_head_of_the_same_number_of_classes_is_taken(tmp_path):
 def test_there_must_be_a_file_to_match():
     for model, head in (("resnet18", None), (models.squeezenet1_1(), "classifier.1")):
         with pytest.raises(UsageError, match="give --weights a file"):
-            build_model(model, 7, weights="none", match=WeightsFilter(weights_match="shape"), head=head)
+            build_model(model, 7, weights=WeightsConfig("none", weights_match="shape"), head=head)
 
 
 # ----------------------------------------------------------------------------------------------- checkpoints as a start
@@ -258,7 +252,7 @@ def trained(
     plan = freeze(classifier.model, rules, head=classifier.head)
     for value in trained_tensors(classifier.model).values():
         value.data.fill_(5)
-    match = WeightsFilter.from_dict(classifier.base.get("match", {}))
+    match = from_stored(classifier.base.get("match", {}), weights="default")
     weights = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(match).items()}
     config = {"model": {"name": name}, "data": {"image_size": size}, "run": {"seed": seed}, "weights": weights}
     state = made_state(
@@ -275,9 +269,7 @@ def trained(
 
 def test_a_checkpoint_is_a_start_and_so_is_what_started_from_it(tmp_path):
     base = constant_file("resnet18", tmp_path / "base.pth")
-    first = build_model(
-        "resnet18", 3, weights=str(base), match=WeightsFilter(weights_except=("bn1",)), seed=1, image_size=64
-    )
+    first = build_model("resnet18", 3, weights=WeightsConfig(str(base), weights_except=("bn1",)), seed=1, image_size=64)
     path = trained(tmp_path / "1.pt", first, ["layer1.0", "head"], name="resnet18", seed=1, size=64)
     second = build_model("resnet18", 3, weights=str(path), seed=2)
     assert states_equal(second.model, first.model)
@@ -295,9 +287,7 @@ def test_a_checkpoint_is_a_start_and_so_is_what_started_from_it(tmp_path):
     assert again.model.training
     assert not again.model.layer1[0].training
 
-    third = build_model(
-        "resnet34", 3, weights=str(path), match=WeightsFilter(weights_match="shape", weights_coverage=0.5)
-    )
+    third = build_model("resnet34", 3, weights=WeightsConfig(str(path), weights_match="shape", weights_coverage=0.5))
     assert torch.all(third.model.layer1[1].conv1.weight == 5)
     assert torch.all(third.model.layer1[0].conv1.weight == 5)
     assert torch.all(third.model.layer3[1].conv1.weight == 1)

@@ -1,4 +1,5 @@
 import copy
+import json
 import multiprocessing
 import pickle
 
@@ -10,7 +11,6 @@ from trainer.errors import CheckpointError, UsageError
 from trainer.model.classifiers import build_model
 from trainer.model.freezing import (
     check_fingerprint,
-    check_trainable,
     fingerprint,
     freeze,
     frozen_tensors,
@@ -139,7 +139,10 @@ def test_a_freezing_rule_that_names_nothing_is_an_error(tiny):
 @pytest.mark.parametrize("names", [True, False])
 def test_an_exported_plan_applies_to_another_model(tiny, tmp_path, suffix, names):
     plan = freeze(tiny, ["freeze:re:.*\\.1", "block", "head"], head=["fc"])
-    plan.save(tmp_path / f"plan{suffix}", names=names)
+    if names:
+        (tmp_path / f"plan{suffix}").write_text(json.dumps(plan.content()))
+    else:
+        plan.save(tmp_path / f"plan{suffix}")
     freeze(tiny, ["all"])
     again = freeze(tiny, read(tmp_path / f"plan{suffix}"), head=["fc"])
     assert (again.trainable, again.frozen, again.counts) == (plan.trainable, plan.frozen, plan.counts)
@@ -195,36 +198,8 @@ def test_plans_of_torchvisions_models(name, tmp_path):
     expected = [key for key, _ in model.named_parameters() if key.split(".")[0] in last and not key.endswith(".bias")]
     assert list(plan.trainable) == expected
     assert [key for key, p in model.named_parameters() if p.requires_grad] == expected
-    plan.save(tmp_path / "plan.json", names=True)
+    (tmp_path / "plan.json").write_text(json.dumps(plan.content()))
     assert freeze(model, read(tmp_path / "plan.json")).trainable == plan.trainable
-
-
-def test_one_set_of_parameters_trains(tiny):
-    plan = freeze(tiny, ["fc"])
-    optimizer = torch.optim.SGD([p for p in tiny.parameters() if p.requires_grad], lr=0.1)
-    check_trainable(tiny, plan, optimizer)
-    check_trainable(tiny, plan.trainable)
-    tiny.block[0].weight.requires_grad_(True)
-    with pytest.raises(UsageError, match=r"frozen by the plan, but trainable now: block\.0\.weight\. .*freeze again"):
-        check_trainable(tiny, plan, optimizer)
-    tiny.block[0].weight.requires_grad_(False)
-    tiny.fc.bias.requires_grad_(False)
-    with pytest.raises(UsageError, match=r"no longer trainable: fc\.bias\. .*a new Trainer"):
-        check_trainable(tiny, plan, optimizer)
-    freeze(tiny, ["block", "fc"])
-    with pytest.raises(UsageError, match=r"trainable now: block\.0\.bias, .* block\.1\.weight\."):
-        check_trainable(tiny, plan, optimizer)
-
-
-def test_the_optimizer_holds_what_trains(tiny):
-    plan = freeze(tiny, ["fc"])
-    for parameters, says in (
-        (tiny.parameters(), r"in the optimizer, but not in the plan: block\.0\.bias, .* and 3 more"),
-        ([tiny.fc.weight], r"trainable, but not in the optimizer: fc\.bias"),
-        ([tiny.fc.weight, tiny.fc.bias, nn.Parameter(torch.ones(1))], "a tensor of another model"),
-    ):
-        with pytest.raises(UsageError, match=says):
-            check_trainable(tiny, plan, torch.optim.SGD(parameters, lr=0.1))
 
 
 def _stays_frozen(model: nn.Module) -> bool:

@@ -25,19 +25,19 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from trainer.config import WeightsConfig
 from trainer.errors import DataError, UsageError
 from trainer.model import download
 from trainer.model.classifiers import model_names
 from trainer.model.weights import (
-    BaseWeights,
     Report,
     Source,
-    WeightsFilter,
     base_weights,
     fetch_weights,
     find_enum,
     load_backbone_state,
 )
+from trainer.model.weights_filter import from_stored, to_stored
 
 WAYS_ON = ("--weights FILE", "--weights URL", "--weights none")
 
@@ -203,7 +203,6 @@ def test_torchvisions_own_weights_are_downloaded_once(server, cache, monkeypatch
     source = fetch_weights("squeezenet1_1", "default")
     assert source.path == cache / name  # where torch.hub looks too
     assert source.path.read_bytes() == content
-    assert source.enum is enum
     assert source.base == {
         "source": "torchvision",
         "weights": "SqueezeNet1_1_Weights.IMAGENET1K_V1",
@@ -376,22 +375,20 @@ SHA = "0" * 64
 def test_a_checkpoint_has_nothing_fetched_that_the_user_did_not_name(base, says):
     with pytest.raises((DataError, UsageError), match=re.escape(says)):
         base_weights("resnet18", base)
-    named = base_weights("resnet18", base, weights="https://example.org/b.pth")
-    assert named == BaseWeights("https://example.org/b.pth", None, "https://example.org/b.pth")
 
 
 def test_what_a_checkpoint_may_name(server, tmp_path, content):
     enum = models.ResNet18_Weights.IMAGENET1K_V1
     base = {"source": "torchvision", "weights": str(enum), "url": "https://example.org/x.pth", "sha256": SHA}
-    assert base_weights("resnet18", base) == BaseWeights(str(enum), SHA, enum.url)
-    assert base_weights("resnet18", {"source": "random", "seed": 1}) == BaseWeights("none")
+    assert base_weights("resnet18", base) == (str(enum), SHA)
+    assert base_weights("resnet18", {"source": "random", "seed": 1}) == ("none", None)
     path = tmp_path / "a.pth"
     path.write_bytes(content)
     base = {"source": "file", "path": str(path), "sha256": SHA}
-    assert base_weights("resnet18", base) == BaseWeights(str(path), SHA)
+    assert base_weights("resnet18", base) == (str(path), SHA)
     server.files["a.pth"] = content
     base = fetch_weights("resnet18", server.url("a.pth")).base
-    assert base_weights("resnet18", base) == BaseWeights(server.url("a.pth"), sha256(content))
+    assert base_weights("resnet18", base) == (server.url("a.pth"), sha256(content))
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -501,7 +498,7 @@ def test_numbers_of_another_kind_are_not_converted(net, tmp_path, change, report
     state = other_values(net)
     change(state)
     with pytest.raises(DataError, match=f"1 of another type .*{report}"):
-        load(net, write(tmp_path / "kind.pth", state), match=WeightsFilter(weights_match=by, weights_coverage=0))
+        load(net, write(tmp_path / "kind.pth", state), match=WeightsConfig(weights_match=by, weights_coverage=0))
 
 
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(net, tmp_path):
@@ -575,7 +572,7 @@ def test_a_small_file_takes_little_memory(tmp_path, name):
         path.write_bytes(hostile.with_pickle(GREEDY[name]))
     else:
         path.write_bytes(hostile._tensor(10**10 if name == "count" else 1, 0, 10**10, 1))
-    script = "import resource, sys; from pathlib import Path; from trainer.model.weights import read_state\n"
+    script = "import resource, sys; from pathlib import Path; from trainer.model.weights_file import read_state\n"
     script += "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
     script += "try: read_state(Path(sys.argv[1]))\nexcept Exception as error: print(type(error).__name__)\n"
     script += "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024)"
@@ -763,15 +760,15 @@ def loaded_of(net: nn.Module, state: dict[str, Tensor]) -> set[str]:
 @pytest.mark.parametrize(
     ("match", "loaded"),
     [
-        (WeightsFilter(weights_only=("conv",)), ["conv.weight"]),
-        (WeightsFilter(weights_only=("re:bn.(weight|bias)", "fc")), ["bn.weight", "bn.bias", "fc.weight", "fc.bias"]),
+        (WeightsConfig(weights_only=("conv",)), ["conv.weight"]),
+        (WeightsConfig(weights_only=("re:bn.(weight|bias)", "fc")), ["bn.weight", "bn.bias", "fc.weight", "fc.bias"]),
         (
-            WeightsFilter(weights_only=("[:2]",), weights_except=("*.running_*", "*.num_*")),
+            WeightsConfig(weights_only=("[:2]",), weights_except=("*.running_*", "*.num_*")),
             ["conv.weight", "bn.weight", "bn.bias"],
         ),
-        (WeightsFilter(weights_except=("head", "bn")), ["conv.weight"]),
-        (WeightsFilter(weights_first=2), ["conv.weight", "bn.weight"]),
-        (WeightsFilter(weights_first=3, weights_except=("conv",)), ["bn.weight", "bn.bias"]),
+        (WeightsConfig(weights_except=("head", "bn")), ["conv.weight"]),
+        (WeightsConfig(weights_first=2), ["conv.weight", "bn.weight"]),
+        (WeightsConfig(weights_first=3, weights_except=("conv",)), ["bn.weight", "bn.bias"]),
     ],
 )
 def test_part_of_a_file(net, tmp_path, match, loaded):
@@ -793,7 +790,7 @@ def test_what_is_chosen_must_still_fit(net, tmp_path):
     state = other_values(net)
     del state["bn.bias"]
     with pytest.raises(DataError, match=r"does not fit Sequential: 1 missing \(bn.bias\)\. To take what fits"):
-        load(net, write(tmp_path / "x.pth", state), match=WeightsFilter(weights_except=("fc",), weights_coverage=0))
+        load(net, write(tmp_path / "x.pth", state), match=WeightsConfig(weights_except=("fc",), weights_coverage=0))
 
 
 @pytest.mark.parametrize(
@@ -819,30 +816,30 @@ def test_renaming(net, tmp_path, rename, to_file):
         )
     file = {to_file(k): v for k, v in state.items()}
     assert file.keys() != state.keys()
-    load(net, write(tmp_path / "x.pth", file), match=WeightsFilter(weights_rename=rename))
+    load(net, write(tmp_path / "x.pth", file), match=WeightsConfig(weights_rename=rename))
     assert loaded_of(net, state) == state.keys()
 
 
 @pytest.mark.parametrize(
     ("match", "says"),
     [
-        (WeightsFilter(weights_rename=("conv", "bn")), "two tensors of .*x.pth would be called bn.weight here"),
+        (WeightsConfig(weights_rename=("conv", "bn")), "two tensors of .*x.pth would be called bn.weight here"),
         (
-            WeightsFilter(weights_rename=("con", "bn")),
+            WeightsConfig(weights_rename=("con", "bn")),
             r"--weights-rename 'con' fits no name in .*x.pth; there are conv, bn, fc",
         ),
         (
-            WeightsFilter(weights_rename=("re:(", "")),
+            WeightsConfig(weights_rename=("re:(", "")),
             r"--weights-rename 're:\(' '': '\(' is not a regular expression: missing \)",
         ),
-        (WeightsFilter(weights_rename=("re:conv", r"\2")), "--weights-rename 're:conv'"),
+        (WeightsConfig(weights_rename=("re:conv", r"\2")), "--weights-rename 're:conv'"),
         (
-            WeightsFilter(weights_only=("layer1",)),
+            WeightsConfig(weights_only=("layer1",)),
             "--weights-only 'layer1' fits no name in .*x.pth; there are conv, bn, fc",
         ),
-        (WeightsFilter(weights_except=("conv", "layer1")), "--weights-except 'layer1' fits no name"),
+        (WeightsConfig(weights_except=("conv", "layer1")), "--weights-except 'layer1' fits no name"),
         (
-            WeightsFilter(weights_only=("fc",), weights_coverage=0),
+            WeightsConfig(weights_only=("fc",), weights_coverage=0),
             r"only 0% of the parameters .* \(--weights-coverage\)",
         ),  # the head alone
     ],
@@ -854,29 +851,31 @@ def test_a_choice_that_fits_nothing_changes_nothing(net, tmp_path, match, says):
     assert loaded_of(net, before) == before.keys()
 
 
-def test_choices_that_cannot_be():
-    with pytest.raises(UsageError, match="--weights-rename has 1 names; expected pairs"):
-        WeightsFilter(weights_rename=("a",))
-    with pytest.raises(UsageError, match="--weights-match is 'size'; expected exact or shape"):
-        WeightsFilter(weights_match="size")
-    match = WeightsFilter(
-        weights_match="shape",
-        weights_rename=("a", "b"),
-        weights_first=3,
-        weights_only=("a",),
-        weights_except=("b",),
-        weights_coverage=0.5,
-    )
-    assert WeightsFilter.from_dict(match.to_dict()) == match
-    assert WeightsFilter().to_dict() == {}
+@pytest.mark.parametrize(
+    ("match", "says"),
+    [
+        (WeightsConfig(weights_rename=("a",)), "--weights-rename has 1 names; expected pairs"),
+        (WeightsConfig(weights_match="size"), "--weights-match is 'size'; expected exact or shape"),
+    ],
+)
+def test_choices_that_cannot_be(net, tmp_path, match, says):
+    with pytest.raises(UsageError, match=says):
+        load(net, write(tmp_path / "x.pth", other_values(net)), match=match)
+
+
+def test_choices_are_stored_and_found_again():
+    match = WeightsConfig("x", "shape", ("a", "b"), 3, weights_only=("a",), weights_except=("b",), weights_coverage=0.5)
+    assert from_stored(to_stored(match), weights="x") == match
+    assert to_stored(WeightsConfig("x")) == {}
     old = {"by": "shape", "rename": ["a", "b"], "first": 3, "only": ["a"], "but": ["b"], "coverage": 0.5}
-    assert WeightsFilter.from_dict(old) == match  # as in checkpoints of earlier versions
-    assert WeightsFilter.of(argparse.Namespace(weights="x", **vars(match))) == match
+    assert from_stored(old, weights="x") == match  # as in checkpoints of earlier versions
+    with pytest.raises(TypeError):
+        from_stored({"epochs": 3}, weights="x")
 
 
 def test_safetensors_have_no_first_entries(net, tmp_path):
     with pytest.raises(UsageError, match="in no order; use --weights-only"):
-        load(net, write(tmp_path / "x.safetensors", other_values(net)), match=WeightsFilter(weights_first=2))
+        load(net, write(tmp_path / "x.safetensors", other_values(net)), match=WeightsConfig(weights_first=2))
 
 
 def test_equal_names_under_two_wrappers_are_refused(net, tmp_path):
@@ -892,7 +891,7 @@ def test_by_shape_what_fits_is_taken_and_the_rest_reported(net, tmp_path):
     del state["bn.running_var"], state["bn.num_batches_tracked"]
     state["fc.weight"] = torch.zeros(1000, 4)
     path = write(tmp_path / "x.pth", state)
-    report = load(net, path, own_head="fc", match=WeightsFilter(weights_match="shape"))
+    report = load(net, path, own_head="fc", match=WeightsConfig(weights_match="shape"))
     assert loaded_of(net, state) == {"conv.weight", "bn.weight", "bn.running_mean"}
     assert report.to_dict() == {
         "coverage": 112 / 116,  # 4·3·3·3 + 4 of 4 more
@@ -912,7 +911,7 @@ def test_by_shape_what_fits_is_taken_and_the_rest_reported(net, tmp_path):
     with pytest.raises(
         DataError, match=r"only 96.5% of .*; expected at least 97% .*1 missing \(bn.running_var\); 1 unex"
     ):
-        load(net, path, own_head="fc", match=WeightsFilter(weights_match="shape", weights_coverage=0.97))
+        load(net, path, own_head="fc", match=WeightsConfig(weights_match="shape", weights_coverage=0.97))
 
 
 def test_tied_parameters_stay_tied(tmp_path):

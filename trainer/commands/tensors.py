@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from trainer.commands import loaded as loading
 from trainer.commands.text import shape
-from trainer.model.weights import read_state
+from trainer.model.weights_file import read_state
 from trainer.storage import checkpoint
 
 _DTYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int64": "i64"}

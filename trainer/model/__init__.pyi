@@ -10,4 +10,3 @@ from .restoring import restore as restore
 from .split import Split as Split
 from .split import split_model as split_model
 from .weights import Report as Report
-from .weights import WeightsFilter as WeightsFilter

@@ -1,7 +1,8 @@
-"""Match an expression with names: the script that `expressions` runs. Reads JSON from stdin, writes JSON to stdout.
+"""Match names with a regular expression, in a process of its own: the script that `expressions` runs.
 
-In: [expression, replacement or null, [name, ...]]. Out: for each name whether it matches, or its substitute or null; a
-text if the expression is wrong.
+Reads JSON from stdin: [expression, replacement or null, [name, ...]]. Writes JSON to stdout, one result for each name:
+without a replacement, whether the expression matches the name or a parent of it (`a` or `a.b` of `a.b.c`); with one,
+the name after the substitution, or null if the expression is not found in it. A wrong expression: the error, as text.
 """
 
 import json

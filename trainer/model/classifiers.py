@@ -1,11 +1,11 @@
-"""Build any torchvision classifier, find and replace its head.
+"""Build any torchvision classifier, and replace its head.
 
-    backbone = build_model("resnet50", 10)  # torchvision's recommended weights, a new head of 10 classes
+    backbone = build_model("resnet50", 10)  # torchvision's recommended weights, a new head for 10 classes
     backbone.head  # ("fc",)
-    backbone.input  # InputSpec(size=224, resize=232, ...): what its images must look like
+    backbone.input  # InputSpec(size=224, resize=232, ...): how its images are prepared
 
 There is no table of heads: the head is the layer with as many outputs as the model has classes. A module of your own
-gets its new head in the same way: `build_model(MyNet(), 10, head="classifier")`.
+gets its new head by name: `build_model(MyNet(), 10, head="classifier")`.
 """
 
 import difflib
@@ -21,43 +21,40 @@ from accelerate import init_empty_weights
 from torch import nn
 from torchvision import models
 
-from trainer.config import Config, WeightsConfig
+from trainer.config import Config, WeightsConfig, flag
 from trainer.data.transforms import InputSpec
 from trainer.errors import CheckpointError, DataError, UsageError
 from trainer.model.restoring import restore
-from trainer.model.weights import Report, WeightsFilter, fetch_weights, find_enum, load_backbone_state
+from trainer.model.weights import Report, fetch_weights, find_enum, load_backbone_state
+from trainer.model.weights_filter import to_stored
 from trainer.storage import checkpoint
 
-__all__ = [
-    "Classifier",
-    "InputSpec",
-    "build_model",
-    "builder_arguments",
-    "input_spec",
-    "model_names",
-]
-_BUILT_CLASSES = 1000  # outputs of every torchvision model by default: the layer with so many outputs is the head
-_NAMED = {"torchvision": "weights", "file": "path", "url": "url"}  # source of a base → the key with its name
+_BUILT_CLASSES = 1000  # outputs of every torchvision model by default; the layer with so many outputs is its head
+_NAMED = {
+    "torchvision": "weights",
+    "file": "path",
+    "url": "url",
+}  # "source" of `Classifier.base` → the key that names the place
 _AUXILIARY = {"googlenet": ("aux1", "aux2"), "inception_v3": ("AuxLogits",)}  # second classifiers, halfway up
 
 
 @dataclass
 class Classifier:
-    """A classifier: pretrained (or random) features under a head for the run's classes.
+    """A model for the classes of a run: pretrained or random features, and a head.
 
     Attributes:
-        model: images [B, 3, size, size] to logits [B, num_classes], in train mode and in eval mode.
-        head: names of the head's modules, for example ("fc",).
-        input: what the images must look like.
+        model: images `[B, 3, size, size]` to logits `[B, num_classes]`, in train mode and in eval mode.
+        head: names of the modules of the head, for example ("fc",).
+        input: how images are prepared.
         base: plain values with which the frozen weights are found again, one of
             {"source": "torchvision", "weights": "ResNet18_Weights.IMAGENET1K_V1", "url": ..., "sha256": ...}
             {"source": "file", "path": ..., "sha256": ...}
             {"source": "url", "url": ..., "sha256": ...}
             {"source": "random", "seed": ...}
-            {"source": "module"}: they came with the module that was passed in;
-            also "match": `WeightsFilter.to_dict()` if it is not the default, and "seed" of random values beside those
-            of a file.
-        report: what happened to the tensors of the file; None without a file.
+            {"source": "module"}: the weights that the given module had;
+            with "match", the settings that chose tensors of a file (`weights_filter.to_stored`), if there were any, and
+            "seed" of the random values beside those of a file.
+        report: which tensors of the file were loaded; None without a file.
     """
 
     model: nn.Module
@@ -67,12 +64,12 @@ class Classifier:
     report: Report | None = None
 
     def report_content(self) -> dict[str, Any] | None:
-        """What `weights_report.json` holds; None if no weights were loaded from a file."""
+        """The content of `weights_report.json`; None if no weights were loaded from a file."""
         return None if self.report is None else self.report.to_dict()
 
     @property
     def origin(self) -> str:
-        """Where the frozen weights come from, as text."""
+        """Where the weights come from, as text."""
         if self.base["source"] == "random":
             return f"random weights from seed {self.base['seed']}: its frozen features are random, not learned"
         named, kind = _NAMED.get(self.base["source"]), type(self.model).__name__
@@ -80,7 +77,7 @@ class Classifier:
 
 
 def model_names() -> list[str]:
-    """Names of torchvision's classification models, sorted. Only these are built by name."""
+    """Names of torchvision's classification models, sorted: the models that can be built by name."""
     return models.list_models(module=models)
 
 
@@ -89,7 +86,6 @@ def build_model(
     num_classes: int,
     *,
     weights: str | WeightsConfig = "default",
-    match: WeightsFilter | None = None,
     head: str | None = None,
     image_size: int | None = None,
     input: InputSpec | None = None,
@@ -97,37 +93,37 @@ def build_model(
 ) -> Classifier:
     """Build a classifier of `num_classes` classes on pretrained features.
 
-    The new head has torch's default initialisation in every family (torchvision's own differ: zeros in vit, narrow
-    normals in others). A module's head stays as it is if it has `num_classes` outputs already. The global random state
-    does not change. Under `torch.device("meta")` even the largest model takes next to no time or memory.
+    A new head has torch's default initialisation in every family; torchvision's own differ: zeros in vit, narrow
+    normals in others. The global random state does not change. Under `torch.device("meta")` even the largest model
+    takes next to no time or memory.
 
     Args:
-        model: a name from `model_names()`, or a module that maps images [B, 3, H, W] to logits.
-        num_classes: outputs of the head.
-        weights: where the features come from, see `model.weights`, or the settings that say so. A module keeps its own.
-        match: which tensors of the weights are taken, and where they go; None: all, each to the place of its name. The
-            head of the weights is taken too if it has `num_classes` outputs.
-        head: name of the last layer, a Linear or an ungrouped Conv2d. Required for a module; known for a name.
-        image_size: side of the crop, pixels; None: the size the weights were evaluated at (224 for a module). The side
-            before the crop keeps its ratio to it. vit and maxvit accept no other size with pretrained weights.
-        input: what the images must look like, channels included; None: as the weights, or a timm model, say.
-        seed: of the head's values and of random features. They are the same on any device.
+        model: a name from `model_names()`, or a module that maps images `[B, 3, H, W]` to logits.
+        num_classes: number of outputs.
+        weights: where the weights are, see the top of `trainer.model.weights`, or the settings that also choose and
+            rename the tensors of a file. Their head is used if it has `num_classes` outputs. A module keeps its own
+            weights, and its head if that has `num_classes` outputs.
+        head: name of the last layer, a Linear or an ungrouped Conv2d. Required for a module; found in a named model.
+        image_size: side of the images in pixels; None: the size that the weights were evaluated at (224 for a module).
+            The side before the crop keeps its ratio to it. vit and maxvit accept no other size with pretrained weights.
+        input: how images are prepared, number of channels included; None: as for the weights, or as a timm model says.
+        seed: seed of a new head and of random features, which are the same on any device.
 
     Returns:
-        The model in train mode, not frozen, on torch's default device; a module stays on its own.
+        The model in train mode, not frozen, on torch's default device; a module stays on its own device.
 
     Raises:
-        UsageError: an impossible argument.
+        UsageError: an argument is impossible.
         DataError: the weights cannot be used.
         CheckpointError: `weights` is a checkpoint whose model cannot be built again.
     """
     if num_classes < 1:
         raise UsageError(f"num_classes is {num_classes}: a model needs at least 1 output")
-    if isinstance(weights, WeightsConfig):
-        match, weights = WeightsFilter.of(weights), weights.weights
-    match = match or WeightsFilter()
-    if match != WeightsFilter() and (isinstance(model, nn.Module) or weights.lower() == "none"):
-        raise UsageError("--weights-match and its like say how the tensors of a file are taken: give --weights a file")
+    settings = weights if isinstance(weights, WeightsConfig) else WeightsConfig(weights)
+    weights, match = settings.weights, to_stored(settings)
+    if match and (isinstance(model, nn.Module) or weights.lower() == "none"):
+        flags = ", ".join(flag(name) for name in match)
+        raise UsageError(f"{flags} chooses among the tensors of a file, and there is none: give --weights a file.")
     if isinstance(model, nn.Module):
         spec = input or _module_input(model, image_size)
         return _adapt_module(model, num_classes, weights=weights, head=head, spec=spec, seed=seed)
@@ -135,7 +131,7 @@ def build_model(
         close = ", ".join(difflib.get_close_matches(str(model).lower(), model_names(), n=5, cutoff=0))
         raise UsageError(f"there is no model {model!r} among torchvision's classifiers; closest: {close}")
 
-    spec = input or input_spec(model, weights, image_size)  # before the download: a wrong size should not cost one
+    spec = input or input_spec(model, weights, image_size)  # before the download, so that a wrong size is found at once
     source = fetch_weights(model, weights)
     pretrained = source.path is not None
     before = _trained_model(source.path) if source.path and checkpoint.is_checkpoint(source.path) else None
@@ -143,8 +139,8 @@ def build_model(
         spec = before.input
 
     device = torch.get_default_device()
-    # Random values that the file overwrites, or that a meta tensor cannot hold, are not drawn: it would take seconds.
-    unset = (pretrained and not match.to_dict()) or device.type == "meta"
+    # To draw random values takes seconds; not done where the file replaces them or meta tensors cannot hold them.
+    unset = (pretrained and not match) or device.type == "meta"
     with seeded(seed, "base"), init_empty_weights(include_buffers=False) if unset else nullcontext():
         net = _construct(model, spec.size, getattr(before.model, "transform_input", True) if before else pretrained)
     (found,) = (name for name, layer in net.named_modules() if _outputs(layer) == _BUILT_CLASSES)
@@ -156,18 +152,18 @@ def build_model(
     if pretrained:
         state = before.model.state_dict() if before else None
         auxiliary = _AUXILIARY.get(model, ())
-        report = load_backbone_state(net, source, heads=auxiliary, own_head=found, match=match, state=state)
-    if options := match.to_dict():
-        base = base | {"match": options}
-    if not report or options:
+        report = load_backbone_state(net, source, heads=auxiliary, own_head=found, match=settings, state=state)
+    if match:
+        base = base | {"match": match}
+    if not report or match:
         base = base | {"seed": seed}
     return Classifier(net.to(device), (found,), spec, base, report)
 
 
 def _trained_model(path: Path) -> Classifier:
-    """The model of a checkpoint that training starts from. Its own start may be a checkpoint, and so on.
+    """The model of a checkpoint that another training starts from; it may itself have started from a checkpoint.
 
-    The chain ends: each checkpoint has the sha256 of the file that it started from, which no circle of files can have.
+    This recursion ends: a checkpoint has the sha256 of the file that it started from, so files cannot form a circle.
     """
     state = checkpoint.read(path)
 
@@ -182,12 +178,15 @@ def _trained_model(path: Path) -> Classifier:
 
 
 def input_spec(model: str, weights: str, image_size: int | None = None) -> InputSpec:
-    """The input that torchvision's preset for the weights describes; for other weights, that for its recommended ones.
+    """How images are prepared for a torchvision model, from torchvision's preset for the weights. Downloads nothing.
 
-    Takes the arguments of `build_model`; reads no file and downloads nothing.
+    Args:
+        model: a name from `model_names()`.
+        weights: as for `build_model`; for a file, a URL or "none", the preset of the recommended weights is used.
+        image_size: side of the images in pixels; None: that of the preset.
 
     Raises:
-        UsageError: impossible image size.
+        UsageError: the image size is impossible.
     """
     enum, default = find_enum(model, weights), find_enum(model, "default")
     assert default is not None, model
@@ -202,22 +201,29 @@ def input_spec(model: str, weights: str, image_size: int | None = None) -> Input
 
 
 def _check_size(size: int) -> None:
-    # No other limit: the `min_size` of torchvision's metadata is the size trained at for swin, and 33 too much for
-    # efficientnet_v2. What a convolution cannot take, it says when it is first run.
+    # There is no other limit: `min_size` in torchvision's metadata is the training size for swin, and 33 pixels too
+    # large for efficientnet_v2. A size that a layer cannot take is reported by `split_model`.
     if size < 1:
         raise UsageError(f"image_size is {size}: expected at least 1 pixel")
 
 
 def _has_built_in_size(model: str) -> bool:
+    """Whether the model is built for one image size."""
     return model.startswith(("vit_", "maxvit_"))
 
 
 def builder_arguments(model: str, size: int, *, pretrained: bool) -> dict[str, Any]:
-    """What `torchvision.models.get_model(model, ...)` takes besides the classes, to build what `build_model` builds."""
+    """Arguments of `torchvision.models.get_model` with which it builds the same module as `build_model`.
+
+    Args:
+        model: a name from `model_names()`.
+        size: side of the images, pixels.
+        pretrained: whether the module has torchvision's weights, or weights made from them.
+    """
     if model in _AUXILIARY:
-        # Without the second classifiers: in train mode they are run whatever `aux_logits` says, their BatchNorm moves,
-        # inception_v3's fails below 299 pixels, and over frozen features they would train nothing but themselves.
-        # The weights want inputs in [-1, 1], which the model sees to. init_weights: the default, but unset it warns.
+        # Without the auxiliary classifiers: in train mode they run even if their output is not used, their BatchNorms
+        # change, inception_v3's fails below 299 pixels, and over frozen features they would train only themselves.
+        # transform_input: these weights take inputs in [-1, 1]. init_weights: without it torchvision warns.
         return {"aux_logits": False, "transform_input": pretrained, "init_weights": True}
     if _has_built_in_size(model):
         return {"image_size": size} if model.startswith("vit_") else {"input_size": (size, size)}
@@ -225,7 +231,7 @@ def builder_arguments(model: str, size: int, *, pretrained: bool) -> dict[str, A
 
 
 def _construct(model: str, size: int, pretrained: bool) -> nn.Module:
-    """The model as torchvision's own builder makes it before it loads pretrained weights, or without any."""
+    """The model as torchvision builds it, with random values."""
     try:
         return models.get_model(model, weights=None, **builder_arguments(model, size, pretrained=pretrained))
     except (AssertionError, ValueError) as error:
@@ -235,7 +241,7 @@ def _construct(model: str, size: int, pretrained: bool) -> nn.Module:
 
 
 def _module_input(model: nn.Module, image_size: int | None) -> InputSpec:
-    """What a module of the user's own takes: timm models say it, others get ImageNet's normalisation."""
+    """How images are prepared for a module of one's own: as a timm model says, or normalised as for ImageNet."""
     about = getattr(model, "pretrained_cfg", None) or {}  # https://huggingface.co/docs/timm/reference/data
     size = about.get("input_size", (3, 224, 224))[-1] if image_size is None else image_size
     _check_size(size)
@@ -250,8 +256,9 @@ def _module_input(model: nn.Module, image_size: int | None) -> InputSpec:
 def _adapt_module(
     model: nn.Module, num_classes: int, *, weights: str, head: str | None, spec: InputSpec, seed: int
 ) -> Classifier:
+    """A module of the user's own with a head of `num_classes` outputs."""
     if weights not in ("default", "none"):
-        raise UsageError(f"weights {weights!r}: a module is used as it is; load them into it first")
+        raise UsageError(f"weights is {weights!r}: a module is used as it is; load the weights into it first")
     modules = dict(model.named_modules())
     outputs = _outputs(modules.get(head or ""))
     if not head or outputs is None:
@@ -269,9 +276,9 @@ def _adapt_module(
 
 @contextmanager
 def seeded(seed: int, purpose: str) -> Iterator[None]:
-    """Draw on the CPU, from a stream of its own for each `seed` and `purpose`; then put the global generator back.
+    """Seed torch's CPU generator from `seed` and `purpose`, draw on the CPU, and restore the generator at the end.
 
-    Only the CPU's generator is seeded: `torch.manual_seed` would reseed every GPU's, and nothing would put those back.
+    Only the CPU's generator: `torch.manual_seed` would also seed those of GPUs, which are not restored.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(zlib.crc32(f"{purpose} {seed}".encode()))
@@ -279,14 +286,14 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
 
 
 def _outputs(layer: nn.Module | None) -> int | None:
-    """Outputs of a layer that could be a head; None if it could not."""
+    """The number of outputs of a layer that can be a head; None for any other."""
     if isinstance(layer, nn.Linear):
         return layer.out_features
     return layer.out_channels if isinstance(layer, nn.Conv2d) and layer.groups == 1 else None
 
 
 def _replace(model: nn.Module, name: str, num_classes: int, device: torch.device) -> None:
-    """Put a new layer of `num_classes` outputs in the place of `name`: same kind, kernel, dtype and bias."""
+    """Replace a layer by a new one with `num_classes` outputs and the same kind, kernel, dtype and bias."""
     old = model.get_submodule(name)
     if isinstance(old, nn.Linear):
         new = nn.Linear(old.in_features, num_classes, bias=old.bias is not None)

@@ -1,4 +1,4 @@
-"""Download a file: whole and with the right hash, or not at all."""
+"""Download a file: complete and with the right sha256, or not at all."""
 
 import hashlib
 import http.client
@@ -21,12 +21,12 @@ from trainer.model.weights_file import read_state
 from trainer.storage import files
 
 _TIMEOUT = 60.0  # seconds without an answer, or without a byte, after which a download is given up
-_WINDOW, _LEAST = 60.0, 64 * 1024  # it is given up, too, if fewer bytes than that come in so many seconds
-_HASH = re.compile(r"-([0-9a-f]{8,})\.")  # torch.hub's convention, name-<sha256 prefix>.pth, without its near misses
+_WINDOW, _LEAST = 60.0, 64 * 1024  # also given up if fewer bytes than this arrive in so many seconds
+_HASH = re.compile(r"-([0-9a-f]{8,})\.")  # torch.hub's convention: name-<beginning of the sha256>.pth
 
 
 def place_of(url: str) -> Path:
-    """Where the copy of a URL is, or would be: in torch.hub's checkpoint folder, which TORCH_HOME moves."""
+    """The path of a URL's copy in torch.hub's folder of checkpoints (moved by TORCH_HOME), whether it exists or not."""
     name = re.split(r"[?#]", url)[0].rpartition("/")[2]
     if not _HASH.search(name):  # one site's model.pth must not be taken for another's
         name = f"{hashlib.sha256(url.encode()).hexdigest()[:8]}_{name}"
@@ -34,13 +34,17 @@ def place_of(url: str) -> Path:
 
 
 def fetch_url(url: str, *, sha256: str | None = None) -> tuple[Path, str]:
-    """Return the local copy of a URL, downloaded if it is not here yet, and its sha256.
+    """Download a URL, unless there is a local copy.
 
     Args:
-        sha256: of the file, if it is known: checked before anything reads the file. A hash in its name is checked too.
+        url: an http, https or file URL. A hash in its name is checked, see `_HASH`.
+        sha256: of the file, if it is known; checked before the file is used.
+
+    Returns:
+        The local copy, and its sha256.
 
     Raises:
-        DataError: it cannot be downloaded, or is not the file that was meant.
+        DataError: the URL cannot be downloaded, or the file has another sha256.
     """
     path = place_of(url)
     found = _HASH.search(path.name) if not re.match(r"[0-9a-f]{8}_", path.name) else None
@@ -60,15 +64,15 @@ def fetch_url(url: str, *, sha256: str | None = None) -> tuple[Path, str]:
 
 
 def _download(url: str, path: Path, expected: str | None) -> None:
-    """Download `url` to `path`, where nothing appears before it is complete. Raises DataError."""
+    """Download a URL to `path`, which appears when the file is complete. Raises DataError."""
     folder = path.parent / f".download-{uuid.uuid4().hex}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        files.sweep_temporary(path.parent, ".download-*")  # of killed runs
+        files.sweep_temporary(path.parent, ".download-*")  # left by killed runs
         files.make_temporary(folder)
         part = folder / path.name
         actual = _copy(url, part)
-        if expected is None:  # no hash can tell whether it is whole, or an error page
+        if expected is None:  # without a hash, only its content shows whether it is an error page
             read_state(part)
         elif not actual.startswith(expected):
             raise ValueError(f'invalid hash (expected sha256 "{expected}", got "{actual}")')
@@ -76,17 +80,17 @@ def _download(url: str, path: Path, expected: str | None) -> None:
         files.sync(path.parent)
     except (OSError, ValueError, http.client.HTTPException) as error:
         if isinstance(error, urllib.error.HTTPError):
-            error.close()  # it is the open connection, too
+            error.close()  # closes the connection
         raise DataError(
-            f"cannot download {url}: {error}. Three ways on: --weights FILE (a copy of it), --weights URL (another"
-            " place to get it from), --weights none (random features)"
+            f"cannot download {url}: {error}. Give --weights FILE (a copy of it), --weights URL (another address) or"
+            " --weights none (random features)"
         ) from error
     finally:
         files.remove_temporary(folder)
 
 
 def _copy(url: str, path: Path) -> str:
-    """Copy what is behind a URL into a file, durably; returns its sha256."""
+    """Copy the content of a URL into a file and sync it to the disk; returns its sha256."""
     sha256 = hashlib.sha256()
     with _opened(url) as response, open(path, "wb") as file:
         length = response.headers.get("Content-Length")
@@ -94,7 +98,7 @@ def _copy(url: str, path: Path) -> str:
         bar = tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1024, disable=not sys.stderr.isatty())
         done, began, before = 0, time.monotonic(), 0
         with bar:
-            while data := response.read1(1 << 20):  # whatever is there, be it one byte
+            while data := response.read1(1 << 20):  # returns as soon as there is anything
                 file.write(data)
                 sha256.update(data)
                 bar.update(len(data))
@@ -110,7 +114,7 @@ def _copy(url: str, path: Path) -> str:
 
 
 def _opened(url: str) -> Any:
-    """The response of a URL. A thread waits for it: each line of an endless header would start the timeout again."""
+    """The response of a URL. A thread waits for it, because each line of an endless header restarts the timeout."""
     answer: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def wait() -> None:

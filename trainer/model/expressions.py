@@ -1,7 +1,7 @@
-"""Regular expressions from outside, matched with a time limit. Imports nothing but the standard library.
+"""Regular expressions from a user, matched within a time limit. Imports only the standard library.
 
-`re` has no time limit, and a short expression can take years (`(a+)+!` against a name of 40 letters). So a process of
-its own does the matching, and is ended when its time is up.
+`re` has no time limit, and a short expression can take years (`(a+)+!` for a name of 40 letters). Therefore another
+process does the matching, and is killed when its time is up.
 """
 
 import json
@@ -15,18 +15,18 @@ from trainer.errors import UsageError
 _SECONDS = 10.0
 
 
-def matching(expression: str, names: Iterable[str]) -> set[str]:
-    """The names that an expression matches whole, or matches the name of a module around: `a`, `a.b` of `a.b.c`.
+def matching(expression: str, names: Iterable[str]) -> list[str]:
+    """The names that an expression matches as a whole, or of which it matches a parent: `a` or `a.b` of `a.b.c`.
 
     Raises:
         UsageError: not a regular expression, or one that takes too long.
     """
     names = list(names)
-    return {name for name, found in zip(names, _run(expression, None, names), strict=True) if found}
+    return [name for name, found in zip(names, _run(expression, None, names), strict=True) if found]
 
 
 def substituted(expression: str, replacement: str, names: Iterable[str]) -> list[str | None]:
-    """For each name the result of `re.sub`; None where the expression is not found in it.
+    """The result of `re.sub` for each name; None where the expression is not found in the name.
 
     Raises:
         UsageError: not a regular expression or replacement, or one that takes too long.
@@ -35,6 +35,7 @@ def substituted(expression: str, replacement: str, names: Iterable[str]) -> list
 
 
 def _run(expression: str, replacement: str | None, names: list[str]) -> list:
+    """Run `_match.py`: one result for each name."""
     task = json.dumps([expression, replacement, names])
     try:
         command = [sys.executable, "-I", "-S", str(Path(__file__).with_name("_match.py"))]

@@ -1,7 +1,11 @@
-"""The freeze plan: which parameters train; and the proof that the others did not.
+"""Freeze parameters and BatchNorm statistics, and prove later that they did not change.
 
-Frozen means three things at once: no gradient, eval mode for good (a BatchNorm in train mode moves its statistics even
-without a gradient, and dropout makes a frozen feature noisy), and not in the checkpoint but fingerprinted there.
+A frozen module is frozen in three ways:
+
+1. Its parameters have no gradient (`requires_grad` is False).
+2. It stays in eval mode, whoever calls `model.train()`. Otherwise its BatchNorms would move their running statistics
+   and its dropout would add noise to its features, gradient or not.
+3. Checkpoints do not hold its tensors, but a fingerprint of each, which is compared before the checkpoint is used.
 """
 
 import difflib
@@ -23,13 +27,13 @@ Fingerprint = dict[str, str]  # tensor name → sha256 of dtype, shape and bytes
 
 @dataclass(frozen=True)
 class FreezePlan:
-    """Which parameters train.
+    """Which parameters of a model train, as decided by `freeze`.
 
     Attributes:
-        train: the rules it was made from, see `rules`.
-        trainable: the names of the parameters that train, in the model's order; a tied one once.
-        frozen: the names of the others; a tied one with all its names.
-        counts: numbers in trainable parameters, and in all.
+        train: the rules that decided, see `trainer.model.patterns`.
+        trainable: names of the parameters that train, in the model's order; of a tied parameter, its first name.
+        frozen: names of all other parameters; of a tied parameter, all its names.
+        counts: number of values in the trainable parameters, and in all parameters.
     """
 
     train: tuple[str, ...]
@@ -39,47 +43,49 @@ class FreezePlan:
 
     def __str__(self) -> str:
         some, total = self.counts
-        said = " ".join(self.train) if len(self.train) <= 8 else f"{len(self.train)} rules"
-        return f"{said}: {some:,} of {total:,} parameters train ({some / total:.2%})"
+        rules = " ".join(self.train) if len(self.train) <= 8 else f"{len(self.train)} rules"
+        return f"{rules}: {some:,} of {total:,} parameters train ({some / total:.2%})"
 
     def within(self, modules: Iterable[str]) -> bool:
-        """Whether all that trains is in these modules."""
+        """Whether every trainable parameter belongs to one of these modules, given by name."""
         return all(any(name.startswith(f"{module}.") for module in modules) for name in self.trainable)
 
     def to_dict(self) -> dict[str, list[str]]:
-        """The form that is stored in checkpoints."""
+        """The plan as checkpoints store it: its rules, and the names of the trainable parameters."""
         return {"train": list(self.train), "trainable": list(self.trainable)}
 
     def content(self) -> dict[str, Any]:
-        """What `freeze_plan.json` holds: the name of every frozen parameter, as a plan that `--train @FILE` takes."""
+        """The content of `freeze_plan.json`: a file for `--train @FILE` that names every frozen parameter."""
         return patterns.content([*(f"{patterns.FREEZE}{name}" for name in self.frozen), "all"])
 
-    def save(self, path: str | Path, *, names: bool = False) -> None:
-        """Write the plan to a file that `--freeze-plan` takes: JSON if it is called .json, otherwise YAML.
-
-        Args:
-            names: not its rules, but what came of them: the name of every frozen parameter.
+    def save(self, path: str | Path) -> None:
+        """Write the rules to a file for `--train @FILE`: JSON if its name ends in .json, otherwise YAML.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
-        frozen = [f"{patterns.FREEZE}{name}" for name in self.frozen]
-        patterns.write(Path(path), [*frozen, "all"] if names else self.train)
+        patterns.write(Path(path), self.train)
 
 
 def freeze(model: nn.Module, train: Iterable[str], *, head: Iterable[str] = ()) -> FreezePlan:
-    """Let parameters train or not by the first of the rules that names them; keep frozen modules in eval mode.
+    """Set which parameters of a model train, and lock every frozen module in eval mode.
+
+    Rules are applied in their order: the first one that matches a parameter decides whether it trains. A parameter that
+    no rule matches is frozen.
 
     Args:
-        model: any module; its parameters' `requires_grad` and its modules' `train` method are set in place.
-        train: rules (see `rules`): module or parameter names ("layer4", "fc.bias"), wildcards ("features.[67]*"),
-            regular expressions, slices of layers, "head", "all"; with "freeze:" before it, a rule freezes. What none
-            names is frozen. `rules.read` gives those of a file.
-        head: names of the head's modules.
+        model: any module. Sets the `requires_grad` of its parameters and the `train` method of its frozen modules.
+        train: rules as `--train` takes them, see `trainer.model.patterns`: names of modules or parameters ("layer4",
+            "fc.bias"), wildcards ("features.[67]*"), "re:" and a regular expression, slices ("features[3:8]"), "head"
+            or "all". A rule that begins with "freeze:" freezes.
+        head: names of the modules that the rule "head" stands for.
+
+    Returns:
+        The plan; the model is in train mode, except for its frozen modules.
 
     Raises:
-        UsageError: a rule matches no parameter (lists what there is), nothing is left to train, or of a tied parameter
-            one name trains and another is frozen. The model is then unchanged.
+        UsageError: a rule matches no parameter, no parameter would train, or a tied parameter would train under one of
+            its names and be frozen under another. The model is then unchanged.
     """
     train, head = tuple(train), tuple(head)
     names: dict[nn.Parameter, list[str]] = {}  # a tied parameter has several
@@ -105,12 +111,12 @@ def freeze(model: nn.Module, train: Iterable[str], *, head: Iterable[str] = ()) 
             one, other = (next(n for n in aliases if trains.get(n, False) is wanted) for wanted in (True, False))
             raise UsageError(
                 f"{one} and {other} are one tied parameter, and --train trains the first and freezes the second. "
-                "Train both, or neither."
+                "Train both, or freeze both."
             )
     for parameter, aliases in names.items():
         parameter.requires_grad_(trains.get(aliases[0], False))
     for module in model.modules():
-        module.__dict__.pop("train", None)  # what an earlier plan locked
+        module.__dict__.pop("train", None)  # the lock of an earlier plan
     for module in model.modules():
         if is_frozen(module):
             lock_eval(module)
@@ -125,7 +131,7 @@ def freeze(model: nn.Module, train: Iterable[str], *, head: Iterable[str] = ()) 
 
 
 def children(model: nn.Module) -> dict[str, list[str]]:
-    """For each module, "" is the model itself, the names of its children in their order: what slices count."""
+    """The names of each module's children, in their order, by the module's name; "" is the model itself."""
     return {name: list(module._modules) for name, module in model.named_modules()}
 
 
@@ -141,19 +147,22 @@ def _no_match(model: nn.Module, pattern: str) -> str:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether a module holds parameters and none of them trains.
+    """Whether a module has parameters and none of them trains.
 
-    A module without parameters (activation, pooling, dropout) is not frozen by itself: what it may do depends on what
-    comes before and after it, which `split` knows.
+    False for a module without parameters, such as dropout: whether it must stay in eval mode depends on the modules
+    before and after it, which `split_model` finds.
     """
     parameters = list(module.parameters())
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def lock_eval(module: nn.Module) -> None:
-    """Keep `module` and all in it in eval mode through every later `.train()`, whoever calls it."""
-    # The lock is an attribute of the instance: every parent's recursive .train() finds it, and the class, hence
-    # isinstance and repr, stays the same. A partial and no method: copy, pickle and torch.save(model) carry it along.
+    """Put a module and its submodules in eval mode, and keep them there: a later `.train()` has no effect on them.
+
+    This keeps the running statistics of a frozen BatchNorm as they are.
+    """
+    # The lock hides `train` on the instance: a parent's recursive .train() calls it, and the class stays the same, and
+    # with it isinstance and repr. A partial, because copy, pickle and torch.save keep one and lose a local function.
     for part in module.modules():
         part.train = partial(_stay_in_eval, part)
     module.eval()
@@ -163,57 +172,18 @@ def _stay_in_eval(module: nn.Module, mode: bool = True) -> nn.Module:
     return nn.Module.train(module, False)
 
 
-def check_trainable(
-    model: nn.Module, plan: FreezePlan | Iterable[str], optimizer: torch.optim.Optimizer | None = None
-) -> None:
-    """Check that exactly the parameters of a freeze plan train: that nothing changed `requires_grad` after `freeze`.
-
-    Otherwise parameters would be frozen but updated by weight decay, or trained but missing in checkpoints. Reads flags
-    only, so it costs microseconds for each parameter.
-
-    Args:
-        model: the model that was frozen, not wrapped.
-        plan: as `freeze` returned it, or the names of the parameters that train.
-        optimizer: must hold these parameters and no others; None: not checked.
-
-    Raises:
-        UsageError: names the parameters, and what to do.
-    """
-    trainable = set(plan.trainable if isinstance(plan, FreezePlan) else plan)
-    parameters = dict(model.named_parameters())
-    names = {id(parameter): name for name, parameter in parameters.items()}
-    now = {name for name, parameter in parameters.items() if parameter.requires_grad}
-    problems = {"frozen by the plan, but trainable now": now - trainable, "no longer trainable": trainable - now}
-    if optimizer is not None:
-        updated = {
-            names.get(id(p), "a tensor of another model") for group in optimizer.param_groups for p in group["params"]
-        }
-        problems |= {"in the optimizer, but not in the plan": updated - trainable}
-        problems |= {"trainable, but not in the optimizer": (trainable & now) - updated}
-    if any(problems.values()):
-        listed = "; ".join(f"{what}: {_some(found)}" for what, found in problems.items() if found)
-        raise UsageError(
-            f"what trains is not what the freeze plan says. {listed}. To train other parameters, call trainer.freeze "
-            "again and build a new Trainer (and a new split and optimizer for it)."
-        )
-
-
-def _some(names: Iterable[str], most: int = 5) -> str:
-    names = sorted(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def trained_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What training can change, by the model's own names: trainable parameters, and buffers of modules not locked.
+    """The tensors that training can change: trainable parameters, and persistent buffers of modules without a lock.
 
     Returns:
-        The live tensors, not copies, in the model's order. A tied parameter appears once.
+        The tensors themselves, not copies, by their names in the model and in its order. A tied parameter has its first
+        name alone.
     """
     return dict(_tensors(model, trained=True))
 
 
 def frozen_tensors(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The rest of the model's state: what no training may change, and no checkpoint holds."""
+    """The other parameters and persistent buffers of the model, which training must not change."""
     return dict(_tensors(model, trained=False))
 
 
@@ -230,12 +200,12 @@ def _tensors(model: nn.Module, *, trained: bool) -> Iterator[tuple[str, torch.Te
 
 
 def fingerprint(model: nn.Module) -> Fingerprint:
-    """The sha256 of each frozen parameter and buffer: what a checkpoint's tail was trained on."""
+    """The `digest` of each of the `frozen_tensors`, by name."""
     return {name: digest(tensor) for name, tensor in frozen_tensors(model).items()}
 
 
 def digest(tensor: torch.Tensor) -> str:
-    """The sha256 of a tensor's dtype, shape and bytes; its first 16 hex digits."""
+    """The first 16 hex digits of the sha256 of a tensor's dtype, shape and bytes."""
     tensor = tensor.detach().cpu().contiguous()
     sha256 = hashlib.sha256(f"{tensor.dtype}|{tuple(tensor.shape)}|".encode())
     sha256.update(tensor.reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bfloat16: hash the bytes
@@ -243,7 +213,11 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def check_fingerprint(found: Fingerprint, expected: Fingerprint) -> None:
-    """Compare a model's frozen tensors with those a checkpoint was trained on.
+    """Check that a model's frozen tensors are the ones that a checkpoint was trained with.
+
+    Args:
+        found: `fingerprint` of the model.
+        expected: the fingerprint in the checkpoint.
 
     Raises:
         CheckpointError: names the tensors that are missing, additional or different.

@@ -1,23 +1,25 @@
-"""Rules: which parameters a pattern names, and ordered lists of such rules in files. Imports no torch.
+r"""The rules of `--train`: which parameters train and which are frozen. Imports no torch.
 
-    layer4                        a module with all in it, or one parameter
-    features.[67]*                wildcards: * and ? match dots too, [67] matches one of these
-    re:layer[34]\\..*\\.bn\\d        a regular expression for the whole name of a module or parameter
-    features[3:8]                 the children 3 to 7 of a module, counted as in a Python slice; [:6] are the model's
-    parameters[0:60]              the parameters 0 to 59, in the order of `model.named_parameters()`; [-2:] the last two
+A rule is a pattern, which lets the parameters that it matches train, or `freeze:` and a pattern, which freezes them.
+The first rule that matches a parameter decides; a parameter that no rule matches is frozen. So
+`freeze:re:.*\.bn\d layer4 head` trains layer4 and the head, except for their BatchNorms. Patterns:
+
+    layer4                        a module with everything in it, or one parameter
+    features.[67]*                wildcards: * and ? also match dots, [67] matches one of these characters
+    re:layer[34]\..*\.bn\d        a regular expression that matches the whole name of a module or parameter
+    features[3:8]                 the children 3 to 7 of a module, as in a Python slice; [:6]: the first 6 of the model
+    parameters[0:60]              the parameters 0 to 59, in the order of `model.named_parameters()`; [-2:]: the last 2
     head, all                     the last layer; everything
 
-A plain pattern lets parameters train; `freeze:` before it freezes them. The first rule that names a parameter decides
-about it, and a parameter that no rule names is frozen: `freeze:re:.*\\.bn\\d layer4 head`. The same in a file (YAML or
-JSON):
+`--train @FILE` reads rules from a YAML or JSON file:
 
     rules:
-      - freeze: re:.*\\.bn\\d
+      - freeze: re:.*\.bn\d
       - train: [layer4, head]
 
-Two other forms of files are read. In both, a parameter that the file does not name trains:
+A file can also hold one of two short forms, in which a parameter that is not named trains:
 
-    ["conv1.weight", "layer1"]                  a list of what is frozen
+    ["conv1.weight", "layer1"]                  a list of frozen modules and parameters
     {"conv1.weight": 0, "fc.weight": 1}         0 or false: frozen; 1 or true: trains
 """
 
@@ -25,6 +27,7 @@ import fnmatch
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -36,49 +39,50 @@ from trainer.storage import files
 
 FREEZE = "freeze:"
 _SLICE = re.compile(r"\[(-?\d*):(-?\d*)\]")
-_BY_INDEX = re.compile(rf"parameters{_SLICE.pattern}")  # no module can be called `parameters`, as its method is
-_MOST_BYTES = 1 << 20  # of a file of rules: the YAML parser takes minutes for some MB
+_BY_INDEX = re.compile(rf"parameters{_SLICE.pattern}")  # never a module's name: every module has a method of this name
+_MOST_BYTES = 1 << 20  # largest file of rules: the YAML parser takes minutes for a few MB
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def named(
     pattern: str, names: Iterable[str], *, children: Mapping[str, Sequence[str]], head: Iterable[str] = ()
 ) -> list[str]:
-    """Return those of `names` that a pattern (see above) means, in their order.
+    """The names that a pattern matches, in their order.
 
     Args:
-        names: of parameters, or of all tensors.
-        children: for each module of the model ("" is the model itself), the names of its children in their order.
-        head: names of the head's modules.
+        pattern: see the top of this file, without `freeze:`.
+        names: names of parameters, or of all tensors of a model or file.
+        children: names of the children of each module, in their order, by the module's name; "" is the model itself.
+        head: names of the modules that "head" stands for.
 
     Raises:
-        UsageError: a regular expression is wrong, or takes too long.
+        UsageError: not a regular expression, or one that takes too long.
     """
     names = list(names)
     if found := _BY_INDEX.fullmatch(pattern):
         return names[_slice(found)]
     if pattern.startswith("re:"):
-        meant = expressions.matching(pattern[3:], names)
-        return [name for name in names if name in meant]
+        return expressions.matching(pattern[3:], names)
     patterns = {"head": list(head), "all": ["*"]}.get(pattern) or _without_slices(pattern, children)
     tests = [_test(part) for part in patterns]
     return [name for name in names if any(test(name) for test in tests)]
 
 
 def _test(pattern: str) -> Callable[[str], bool]:
-    """Whether a name, or that of a module around it, is meant."""
+    """A function that says whether a pattern without slices matches a name, or a module that contains it."""
     if not set(pattern) & set("*?["):
         return lambda name: name == pattern or name.startswith(f"{pattern}.")
-    whole = re.compile(fnmatch.translate(pattern))  # whose expressions take little time, whatever the pattern is
+    whole = re.compile(fnmatch.translate(pattern))  # fast for any pattern, unlike an expression from a user
     return lambda name: any(whole.fullmatch(name, 0, end.start()) for end in re.finditer(r"\.|$", name))
 
 
 def _slice(found: re.Match[str]) -> slice:
+    """The slice that `_SLICE` or `_BY_INDEX` has matched."""
     return slice(*(int(bound) if bound.strip("-") else None for bound in found.groups()))
 
 
 def _without_slices(pattern: str, children: Mapping[str, Sequence[str]]) -> list[str]:
-    """`features[3:5].0` as `features.3.0` and `features.4.0`."""
+    """Replace slices by the names of the children: `features[3:5].0` → `features.3.0`, `features.4.0`."""
     found = _SLICE.search(pattern)
     if found is None:
         return [pattern]
@@ -89,64 +93,63 @@ def _without_slices(pattern: str, children: Mapping[str, Sequence[str]]) -> list
 
 
 def read(path: Path) -> tuple[str, ...]:
-    """Read the rules in a file, in the form of the command line.
+    """Read the rules in a file, and return them as `--train` takes them.
 
     Raises:
-        UsageError: the file is unreadable, too large, or holds something else than rules; says where.
+        UsageError: the file cannot be read, is larger than 1 MiB, or holds something other than rules; says where.
     """
     expected = "expected rules: with a list, names to freeze, or a name with 0 or 1 for each parameter"
     try:
-        content = yaml.load(files.read_text(path, most=_MOST_BYTES), _LOADER)  # JSON is YAML
+        found = yaml.load(files.read_text(path, most=_MOST_BYTES), _LOADER)  # JSON is YAML
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read the freeze plan {path}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise UsageError(f"the freeze plan {path} is not plain YAML or JSON: {error}") from None
-    if isinstance(content, list) and content and all(isinstance(name, str) for name in content):
-        content = {"rules": [{"freeze": content}, {"train": "all"}]}
-    elif isinstance(content, dict) and content and all(value in (0, 1) for value in content.values()):
-        content = _rules_of(content)
-    if not content or content == {"rules": []} or content == {"rules": None}:
+    entries: Any = None
+    if isinstance(found, list) and all(isinstance(name, str) for name in found):
+        entries = [{"freeze": found}, {"train": "all"}]
+    elif isinstance(found, dict) and all(value in (0, 1) for value in found.values()):
+        # Both lists are named, so that a name which the model does not have is an error.
+        frozen, trained = ([name for name, value in found.items() if value == wanted] for wanted in (0, 1))
+        entries = [
+            *([{"freeze": frozen}] if frozen else []),
+            *([{"train": trained}] if trained else []),
+            {"train": "all"},
+        ]
+    elif isinstance(found, dict) and found.keys() == {"rules"}:
+        entries = found["rules"] or []
+    if not found or entries == []:
         raise UsageError(f"the freeze plan {path} is empty; {expected}.")
-    listed = content.get("rules") if isinstance(content, dict) else None
-    if not isinstance(content, dict) or content.keys() != {"rules"} or not isinstance(listed, list):
-        found = ", ".join(map(str, list(content)[:8])) if isinstance(content, dict) else type(content).__name__
-        raise UsageError(f"the freeze plan {path} holds {found}; {expected}.")
+    if not isinstance(entries, list):
+        holds = ", ".join(map(str, list(found)[:8])) if isinstance(found, dict) else type(found).__name__
+        raise UsageError(f"the freeze plan {path} holds {holds}; {expected}.")
     rules: list[str] = []
-    for place, rule in enumerate(listed, start=1):
-        kind, patterns = next(iter(rule.items())) if isinstance(rule, dict) and len(rule) == 1 else (None, None)
+    for place, entry in enumerate(entries, start=1):
+        kind, patterns = next(iter(entry.items())) if isinstance(entry, dict) and len(entry) == 1 else (None, None)
         patterns = [patterns] if isinstance(patterns, str) else patterns
-        # No name begins with a dash, but a flag does, and on the command line these would be some.
+        # No name begins with a dash, but a flag does, and these rules are put into a command line.
         fits = isinstance(patterns, list) and all(isinstance(p, str) and not p.startswith("-") for p in patterns)
         if kind not in ("train", "freeze") or not fits:
-            shown = reprlib.repr(rule)[:200]  # short: YAML can name one list many times
+            shown = reprlib.repr(entry)[:200]  # short: YAML can name one list many times
             raise UsageError(f"rule {place} of {path} is {shown}; expected train: or freeze: with names or patterns.")
         rules += [FREEZE * (kind == "freeze") + pattern for pattern in patterns or ()]
     return tuple(rules)
 
 
-def _rules_of(trains: dict[Any, int]) -> dict[str, list[dict[str, Any]]]:
-    """Rules that say the same as names with 0 (frozen) or 1 (trains); each name must exist in the model."""
-    frozen, others = ([name for name, value in trains.items() if value == wanted] for wanted in (0, 1))
-    rules = [{"freeze": frozen}, {"train": others}, {"train": "all"}]
-    return {"rules": [rule for rule in rules if [*rule.values()] != [[]]]}
-
-
 def content(rules: Iterable[str]) -> dict[str, Any]:
-    """Rules as they are in a file."""
-    kinds = [("freeze" if rule.startswith(FREEZE) else "train", rule.removeprefix(FREEZE)) for rule in rules]
-    listed: list[dict[str, Any]] = []
-    for kind, pattern in kinds:
-        if not listed or kind not in listed[-1]:
-            listed.append({kind: []})
-        listed[-1][kind].append(pattern)
-    return {"rules": listed}
+    """The content of a file with these rules: neighbours of one kind share an entry."""
+
+    def kind(rule: str) -> str:
+        return "freeze" if rule.startswith(FREEZE) else "train"
+
+    return {"rules": [{key: [rule.removeprefix(FREEZE) for rule in same]} for key, same in groupby(rules, key=kind)]}
 
 
 def write(path: Path, rules: Iterable[str]) -> None:
-    """Write rules to a file: JSON if it is called .json, otherwise YAML.
+    """Write rules to a file: JSON if its name ends in .json, otherwise YAML.
 
     Raises:
-        OSError: it cannot be written; it is then unchanged.
+        OSError: the file cannot be written; it is then unchanged.
     """
     if path.suffix == ".json":
         files.write_json(path, content(rules))

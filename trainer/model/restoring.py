@@ -1,14 +1,14 @@
-"""The way back from a checkpoint to a model. There is only this one.
+"""Restore the model of a checkpoint.
 
     state = checkpoint.read(Path("runs/birds/checkpoints/best.pt"))
-    classifier = recipe.restore(state)
+    classifier = load_recipe(None).restore(state)
 
-A checkpoint holds the tensors that training could change. The frozen rest is built again, as before training, and
-compared with the fingerprint in the checkpoint; so a restored model is the trained one, or there is an error.
+A checkpoint holds the tensors that training could change. The frozen tensors are loaded again as before training, and
+compared with the fingerprint in the checkpoint: a restored model is the trained one, or there is an error.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -19,13 +19,14 @@ from trainer import config as settings
 from trainer.config import Config
 from trainer.errors import CheckpointError, UsageError
 from trainer.model.freezing import Fingerprint, check_fingerprint, fingerprint, freeze, trained_tensors
-from trainer.model.weights import WeightsFilter, base_weights, fetch_weights
+from trainer.model.weights import base_weights, fetch_weights
+from trainer.model.weights_filter import from_stored
 from trainer.storage import checkpoint
 from trainer.storage.state import State
 
 
 class Built(Protocol):
-    """A model as `classifiers.Classifier` has it: with the names of its head, and where its weights are from."""
+    """The part of `classifiers.Classifier` that is used here."""
 
     model: nn.Module
     head: tuple[str, ...]
@@ -43,23 +44,23 @@ def restore(
     build: Callable[[Config], B] | None,
     weights: str | None = None,
 ) -> B:
-    """Restore the whole model of a checkpoint: built as before training, frozen as in training, then filled.
+    """Restore the model of a checkpoint: built as before training, frozen as in training, filled with trained tensors.
 
-    Nothing is downloaded or read that only the checkpoint names: it may come from a stranger. Exceptions are
-    torchvision's own weights, and files on this machine with the sha256 in the checkpoint; see `base_weights`.
+    A checkpoint may come from a stranger. Nothing is downloaded or read because only the checkpoint names it, except
+    for torchvision's own weights, and files on this machine with the sha256 in the checkpoint; see `base_weights`.
 
     Args:
         state: content of a checkpoint, or of an export with its tensors under "model".
-        build: settings → the model as before training; None if it was a module of the user's own and no recipe that
-            builds it was given.
+        build: builds the model as before training, from the settings; None if it was a module of the user's own, and
+            no recipe that builds it was given.
         weights: where the frozen weights are; None: where they were in training.
 
     Returns:
-        The model on the CPU, in train mode but for its frozen modules, with gradients where it trained. Its `base` says
-        where the weights are now.
+        What `build` returned. The model is on the CPU and in train mode except for its frozen modules; the parameters
+        that were trained require gradients. Its `base` says where the weights are now.
 
     Raises:
-        CheckpointError: the frozen weights are not those of the training, or the tensors do not fit, or the checkpoint
+        CheckpointError: the frozen weights are not those of the training, the tensors do not fit, or the checkpoint
             does not describe a model.
         DataError: the frozen weights are not there, or are another file.
         UsageError: the user has to name the weights or the recipe.
@@ -77,22 +78,23 @@ def restore(
 
 
 def _settings(state: State | Mapping[str, Any], weights: str | None) -> Config:
-    """The settings of the run, with the weights that may be used."""
+    """The settings of the run, with weights that are safe to use."""
     base, config = state["base"], settings.from_dict(state["config"], "the settings in the checkpoint")
     name, kind = config.model.model, base.get("source")
     if kind == "module" or name not in models.list_models(module=models):
         stored = config.weights.weights
-        # The recipe decides what it does with them, and no hash tells what they were.
+        # A recipe may use them in any way, and the checkpoint has no hash to compare them with.
         if weights is None and stored.lower() not in ("default", "none") and not stored.isidentifier():
             raise UsageError(
                 f"the checkpoint names weights at {stored!r}; if you trust that, repeat it with --weights."
             )
         return settings.replace(config, weights=weights or stored)
-    found = base_weights(name, base, weights=weights)
-    if found.sha256 is not None:  # checked before anything parses the file
-        fetch_weights(name, found.weights, sha256=found.sha256)
-    match = asdict(WeightsFilter.from_dict(base.get("match", {})))
-    return settings.replace(config, weights=found.weights, seed=base.get("seed", config.run.seed), **match)
+    if weights is None:
+        weights, sha256 = base_weights(name, base)
+        if sha256 is not None:
+            fetch_weights(name, weights, sha256=sha256)  # checks the file before anything parses it
+    config = settings.replace(config, seed=base.get("seed", config.run.seed))
+    return dataclasses.replace(config, weights=from_stored(base.get("match", {}), weights=weights))
 
 
 @torch.no_grad()
@@ -100,12 +102,13 @@ def fill(model: nn.Module, tensors: dict[str, torch.Tensor], expected: Fingerpri
     """Copy the tensors of a checkpoint into a model that is frozen as in training.
 
     Args:
-        tensors: of the checkpoint; the model's own are then equal to them, bit for bit.
-        expected: fingerprint of the frozen tensors in training.
+        model: its `trained_tensors` are replaced.
+        tensors: the tensors of the checkpoint.
+        expected: the fingerprint in the checkpoint.
 
     Raises:
-        CheckpointError: the frozen tensors differ, or `tensors` are not exactly those that train; names them. The model
-            is then unchanged.
+        CheckpointError: the frozen tensors differ, or `tensors` are not exactly the `trained_tensors`; names them. The
+            model is then unchanged.
     """
     check_fingerprint(fingerprint(model), expected)
     live = trained_tensors(model)

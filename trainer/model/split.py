@@ -1,14 +1,14 @@
-"""Cut a model into a frozen trunk and a live tail.
+"""Cut a model into a frozen trunk and a trainable tail.
 
     images ──▶ trunk (no autograd, eval mode, not wrapped, not saved) ──▶ features ──▶ tail (trained) ──▶ logits
 
 The trunk is everything that no trainable parameter can influence. It is found on the graph that `torch.fx` records
-(Reed et al., 2022, https://arxiv.org/abs/2112.08429): a node is *live* if its module trains or if it reads a live
-node; the frozen nodes that live nodes read are the *frontier*, and their values are what passes from trunk to tail.
-Both parts share the model's modules and keep its parameter names; nothing is copied.
+(Reed et al., 2022, https://arxiv.org/abs/2112.08429). A node of this graph is *live* if its module has a trainable
+parameter, or if it reads the value of a live node. The trunk consists of the other nodes; its outputs are the values
+that live nodes read. Both parts share the model's modules under the model's own names; nothing is copied.
 
-Only modules that are partly frozen are traced through. A module that is frozen, or trainable, as a whole is one opaque
-node of the graph, so its code may do whatever it likes.
+Only a module that is partly frozen is traced. A module that is frozen as a whole, or trainable as a whole, is one node
+of the graph, so its code may be anything.
 """
 
 import inspect
@@ -27,14 +27,14 @@ _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, StochasticDepth)
 
 @dataclass
 class Split:
-    """A model in two parts: `tail(*trunk(images))` is `model(images)`, bit for bit, in eval mode.
+    """A model in two parts: `tail(*trunk(images))` equals `model(images)` bit for bit, in eval mode.
 
     Attributes:
-        trunk: frozen; a tuple of tensors, whatever it computes. Without parameters if nothing could be cut off.
-        tail: the trainable rest.
-        cut: the names of the nodes whose values pass from trunk to tail; ("images",) if the trunk is empty.
-        before: the name of the first node of the tail.
-        reason: why the model runs uncut; empty if it was cut, or if nothing in it is frozen before the first trainable
+        trunk: the frozen part; returns a tuple of tensors `[B, ...]`. `Uncut` if nothing could be cut off.
+        tail: the trainable part; takes these tensors.
+        cut: names of the nodes whose values pass from trunk to tail; ("images",) for an empty trunk.
+        before: name of the first node of the tail; "" for an empty trunk.
+        reason: why the model could not be cut; "" if it was, or if nothing is frozen before the first trainable
             parameter.
     """
 
@@ -46,7 +46,7 @@ class Split:
 
     @property
     def has_trunk(self) -> bool:
-        """Whether anything was cut off."""
+        """Whether a trunk was cut off."""
         return not isinstance(self.trunk, Uncut)
 
     def __str__(self) -> str:
@@ -59,23 +59,23 @@ class Split:
 
 
 class Uncut(nn.Module):
-    """The empty trunk: hands the images through."""
+    """An empty trunk: returns the images."""
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor]:
         return (images,)
 
 
 def split_model(model: nn.Module, sample: torch.Tensor) -> Split:
-    """Cut a model whose parameters have been frozen (`freezing.freeze`), and check the cut on a batch.
+    """Cut a model after `freeze`, and check on a batch that the parts compute what the model computes.
 
     Args:
-        model: takes one tensor, gives one tensor.
-        sample: a batch as the model gets it: float `[B, 3, H, W]`, normalised, on the model's device. On the meta
-            device the cut is made but not checked.
+        model: takes one tensor and returns one tensor.
+        sample: a batch as the model takes it: float `[B, 3, H, W]`, normalised, on the model's device. On the meta
+            device the model is cut, but the values are not compared.
 
     Returns:
-        The parts. A model that cannot be traced, depends on train mode in code that would be traced, or whose parts do
-        not give the model's own output bit for bit, comes back uncut, with the reason.
+        The two parts. The model stays uncut, with the reason, if it cannot be traced, if code that would be traced
+        differs between train and eval mode, or if the parts do not return the model's output bit for bit.
 
     Raises:
         UsageError: the model cannot take such a batch.
@@ -97,7 +97,7 @@ def split_model(model: nn.Module, sample: torch.Tensor) -> Split:
         if not all(isinstance(value, torch.Tensor) and value.shape[:1] == sample.shape[:1] for value in features):
             raise NotImplementedError("something other than one row per image passes from its trunk to its tail")
         if not sample.is_meta and not torch.equal(found, expected):
-            raise NotImplementedError("trunk and tail do not give the model's own output")
+            raise NotImplementedError("trunk and tail do not return the model's own output")
     except Exception as error:  # fx fails in many ways on code it cannot follow: none of them is the user's mistake
         reason = str(error).strip().splitlines() or [type(error).__name__]
         parts = Split(Uncut(), model, ("images",), reason=reason[0])
@@ -107,37 +107,39 @@ def split_model(model: nn.Module, sample: torch.Tensor) -> Split:
     return parts
 
 
+def _is_partly_frozen(module: nn.Module) -> bool:
+    return {parameter.requires_grad for parameter in module.parameters()} == {True, False}
+
+
 class _Tracer(fx.Tracer):
-    """Traces through modules that hold both frozen and trainable parameters; any other is one node."""
+    """Traces modules that are partly frozen; any other is one node."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        trains = {parameter.requires_grad for parameter in m.parameters()}
-        return trains != {True, False} or super().is_leaf_module(m, module_qualified_name)
+        return not _is_partly_frozen(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _trace(model: nn.Module) -> fx.Graph:
-    """The model's graph, which must be the same in both modes: a graph cannot follow `if self.training`."""
-    code = []
-    partly = [m for m in model.modules() if {p.requires_grad for p in m.parameters()} == {True, False}]
+    """The graph of the model, which must be the same in train and eval mode: a graph cannot have `if self.training`."""
+    code, partly = set(), [module for module in model.modules() if _is_partly_frozen(module)]
     for mode in (True, False):
-        for module in partly:  # flags alone: a module's own .train() would also switch, or refuse to switch, others
+        for module in partly:  # the attribute, because .train() also changes submodules, unless they are locked
             module.training = mode
         graph = _graph_module(model, _without_options(_Tracer().trace(model, _options(model)))).graph
-        code.append(graph.python_code("self").src)
-    if code[0] != code[1]:
+        code.add(graph.python_code("self").src)
+    if len(code) > 1:
         raise NotImplementedError("its forward differs between train and eval mode")
     return graph
 
 
 def _options(model: nn.Module) -> dict[str, Any]:
-    """The arguments of a model's forward after the first, with their defaults: they stay what they are."""
+    """The optional arguments of a model's forward and their defaults, which the graph is traced with."""
     parameters = list(inspect.signature(model.forward).parameters.values())[1:]
     plain = (parameter for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD)
     return {parameter.name: parameter.default for parameter in plain if parameter.default is not parameter.empty}
 
 
 def _without_options(graph: fx.Graph) -> fx.Graph:
-    """The graph without the inputs for such arguments, and without the checks that they have their defaults."""
+    """The graph without placeholders of optional arguments, and without the checks that they have their defaults."""
     for node in [node for node in graph.nodes if node.op == "placeholder"][1:]:
         chain = [node]
         for user in chain:
@@ -150,24 +152,22 @@ def _without_options(graph: fx.Graph) -> fx.Graph:
 
 
 def _graph_module(model: nn.Module, graph: fx.Graph) -> fx.GraphModule:
-    """A module that runs `graph` on the submodules of `model`, without the nodes that nothing reads."""
+    """A module that runs a graph on the submodules of `model`, without nodes whose value is not used."""
     graph = fx.GraphModule(model, graph).graph
-    graph.eliminate_dead_code()  # needs a graph that belongs to a module, to know which calls are pure
-    return fx.GraphModule(model, graph)  # holds what is left, no parameter more
+    graph.eliminate_dead_code()  # the graph needs its module to know which calls have no side effect
+    return fx.GraphModule(model, graph)  # again, to hold only the parameters that are used
 
 
 def _cut(model: nn.Module, graph: fx.Graph) -> Split:
-    live = _live_nodes(model, graph)
-    modules = dict(model.named_modules())
-    random = [(modules[n.target], n in live) for n in graph.nodes if n.op == "call_module"]
-    random = [(module, trains) for module, trains in random if _is_random(module)]
-    if any((module, not trains) in random for module, trains in random):
+    """Divide the graph into trunk and tail; `Uncut` if the trunk would compute nothing."""
+    live, modules = _live_nodes(model, graph), dict(model.named_modules())
+    calls = [(modules[str(node.target)], node in live) for node in graph.nodes if node.op == "call_module"]
+    random = {(module, trains) for module, trains in calls if _is_random(module)}
+    if len({module for module, _ in random}) < len(random):
         raise NotImplementedError("it uses one dropout module both before and after the first trainable parameter")
     nodes = [node for node in graph.nodes if node.op != "output"]
     placeholders = [node for node in nodes if node.op == "placeholder"]
-    if len(placeholders) != 1:
-        raise NotImplementedError("its forward takes more than one argument")
-    of_image = set(placeholders)  # what depends on the image; the rest are constants, which each part has for itself
+    of_image = set(placeholders)  # nodes that depend on the images; the others are constants, which both parts have
     for node in nodes:
         if any(argument in of_image for argument in node.all_input_nodes):
             of_image.add(node)
@@ -195,16 +195,17 @@ def _cut(model: nn.Module, graph: fx.Graph) -> Split:
 
 
 def _name(node: fx.Node) -> str:
+    """The name of a node for people: that of its module or attribute, if it has one."""
     return str(node.target) if node.op in ("call_module", "get_attr") else node.name
 
 
 def _live_nodes(model: nn.Module, graph: fx.Graph) -> set[fx.Node]:
-    """Nodes that train, draw random numbers late enough to be worth it, or read such a node."""
+    """Nodes that train, dropout that only trainable modules follow, and nodes that read the value of a live node."""
     modules = dict(model.named_modules())
     parameters = dict(model.named_parameters(remove_duplicate=False))
 
-    # Backwards: is a node followed by a module that is frozen and has parameters? Then dropout there is switched off:
-    # it would make the frozen features noisy. After the last of them it regularises what trains: it stays on.
+    # Is a node followed by a frozen module? Then its dropout is off, because it would add noise to frozen features.
+    # Behind the last frozen module dropout is on: it regularises the trainable parameters.
     frozen_after: dict[fx.Node, bool] = {}
     for node in reversed(graph.nodes):
         frozen_after[node] = any(
@@ -213,18 +214,16 @@ def _live_nodes(model: nn.Module, graph: fx.Graph) -> set[fx.Node]:
 
     live: set[fx.Node] = set()
     for node in graph.nodes:
+        starts = False
         if node.op == "call_module":
             module = modules[node.target]
-            starts = any(parameter.requires_grad for parameter in module.parameters())
-            starts |= _is_random(module) and not frozen_after[node]
+            starts = any(p.requires_grad for p in module.parameters()) or (
+                _is_random(module) and not frozen_after[node]
+            )
         elif node.op == "get_attr":
-            parameter = parameters.get(node.target)
-            starts = parameter is not None and parameter.requires_grad
-        else:
-            starts = False
-        if starts or any(argument in live for argument in node.all_input_nodes):
+            starts = node.target in parameters and parameters[node.target].requires_grad
+        if node.op != "output" and (starts or any(argument in live for argument in node.all_input_nodes)):
             live.add(node)
-    live -= {node for node in live if node.op == "output"}
     return live
 
 

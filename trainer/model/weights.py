@@ -8,8 +8,8 @@ What `weights` (`--weights`) may be:
     https://host/name-0123abcd.pth    the same behind an http, https or file URL; a hash in the name is verified
     none                              none: random features, for tests and for training from scratch
 
-Weights are found, or it is an error: nothing falls back to random values unasked. A `WeightsFilter` says which tensors
-of a file are taken, and where they go; a `Report` says the result.
+Weights that cannot be found or do not fit are an error: nothing falls back to random values. The settings
+`--weights-*` choose the tensors that are taken from a file and rename them; a `Report` lists the result.
 """
 
 import os
@@ -24,51 +24,40 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
+from trainer.config import WeightsConfig
 from trainer.errors import DataError, UsageError
 from trainer.model.download import fetch_url, place_of
 from trainer.model.weights_file import distinct, read_state
-from trainer.model.weights_filter import WeightsFilter, chosen, renamed
+from trainer.model.weights_filter import check_choice, chosen, renamed
 from trainer.storage import files
-
-__all__ = [
-    "BaseWeights",
-    "Report",
-    "Source",
-    "WeightsFilter",
-    "base_weights",
-    "fetch_weights",
-    "find_enum",
-    "load_backbone_state",
-    "read_state",
-]
-_RENAME = ". Names that differ in their beginning are mapped with --weights-rename OLD NEW"
 
 
 @dataclass(frozen=True)
 class Source:
     """Where the weights of a backbone are.
 
-    path: local file, its hash verified where one is known; None for random features.
-    base: plain values to find the same weights again, see `Classifier`.
-    enum: torchvision's description of the weights; None if they are not its own.
+    Attributes:
+        path: local file, its sha256 checked if one is known; None for random features.
+        base: plain values with which the same weights are found again, see `Classifier`.
     """
 
     path: Path | None
     base: dict[str, Any]
-    enum: WeightsEnum | None = None
 
 
 @dataclass(frozen=True)
 class Report:
-    """What became of the tensors of a file, by the names they have in the model.
+    """Which tensors of a file were loaded into a model, by their names in the model.
 
-    loaded: in the model now.
-    missing: of the model, outside the head, and not among those chosen from the file: random.
-    unexpected: of the file, without a place in the model.
-    shape_differs: of both, in two shapes.
-    left_out: of the file, not chosen.
-    set_aside: of the file, chosen, but of a head for other classes.
-    parameters: how many numbers the parameters outside the head have: from the file, and in all.
+    Attributes:
+        file: path of the file.
+        loaded: tensors that were copied into the model.
+        missing: tensors of the model, outside the head, that the file or the choice from it lacks: they are random.
+        unexpected: tensors of the file that the model does not have.
+        shape_differs: tensors of both with different shapes, as text.
+        left_out: tensors of the file that the settings did not choose.
+        set_aside: chosen tensors of a head for other classes.
+        parameters: number of values in the parameters outside the head: from the file, and in all.
     """
 
     file: str
@@ -82,7 +71,7 @@ class Report:
 
     @property
     def coverage(self) -> float:
-        """Share of the parameters outside the head that came from the file, 0 to 1."""
+        """Share of the parameter values outside the head that came from the file, 0 to 1."""
         return self.parameters[0] / max(self.parameters[1], 1)
 
     def __str__(self) -> str:
@@ -92,38 +81,40 @@ class Report:
         return f"{share:g}% of the parameters outside the head; tensors: {counts or 'none'}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, in plain types: what `weights_report.json` holds."""
+        """The content of `weights_report.json`, in plain types."""
         return {"coverage": self.coverage, **asdict(self), "parameters": list(self.parameters)}
 
 
 def find_enum(model: str, weights: str) -> WeightsEnum | None:
-    """Torchvision's description of `weights`, or None if they are not its own. Reads no file, downloads nothing.
+    """Torchvision's own weights of a model, by name; None if `weights` does not name any. Downloads nothing.
 
-    model: name of a torchvision builder. weights: see the top of this file; case is ignored.
+    Args:
+        model: name of a torchvision model.
+        weights: see the top of this file; upper and lower case are the same.
     """
     kind = models.get_model_weights(model)
     return _by_name(kind).get(weights.lower().removeprefix(f"{kind.__name__}.".lower()))
 
 
 def fetch_weights(model: str, weights: str, *, sha256: str | None = None) -> Source:
-    """Resolve weights for a torchvision model; download what is not here yet.
+    """Find the weights of a torchvision model, and download them if they are not on this machine.
 
-    Downloads are kept in torch.hub's checkpoint folder (so TORCH_HOME moves them).
+    Downloads are kept in torch.hub's folder of checkpoints, which the environment variable TORCH_HOME moves.
 
     Args:
-        model: name of a torchvision builder.
+        model: name of a torchvision model.
         weights: see the top of this file.
-        sha256: of the file, where it is known, such as in a checkpoint; checked before anything reads the file.
+        sha256: of the file, if it is known, as from a checkpoint; checked before the file is used.
 
     Raises:
-        UsageError: `weights` is none of those.
-        DataError: it cannot be downloaded, or is not the file that was meant.
+        UsageError: `weights` is none of the forms at the top of this file.
+        DataError: the file cannot be downloaded or read, or has another sha256.
     """
     if weights.lower() == "none":
         return Source(None, {"source": "random"})
     if enum := find_enum(model, weights):
         path, found = fetch_url(enum.url, sha256=sha256)
-        return Source(path, {"source": "torchvision", "weights": str(enum), "url": enum.url, "sha256": found}, enum)
+        return Source(path, {"source": "torchvision", "weights": str(enum), "url": enum.url, "sha256": found})
     if re.match(r"(https?|file)://", weights, re.IGNORECASE):
         path, found = fetch_url(weights, sha256=sha256)
         return Source(path, {"source": "url", "url": weights, "sha256": found})
@@ -145,43 +136,31 @@ def fetch_weights(model: str, weights: str, *, sha256: str | None = None) -> Sou
     )
 
 
-@dataclass(frozen=True)
-class BaseWeights:
-    """The weights that a checkpoint was trained from.
+def base_weights(model: str, base: Mapping[str, Any]) -> tuple[str, str | None]:
+    """The weights that a checkpoint was trained from, if it is safe to use them.
 
-    weights, sha256: for `fetch_weights`; no hash if the user named other weights.
-    download: the URL that `fetch_weights` would download from; None if it would download nothing.
-    """
-
-    weights: str
-    sha256: str | None = None
-    download: str | None = None
-
-
-def base_weights(model: str, base: Mapping[str, Any], *, weights: str | None = None) -> BaseWeights:
-    """Find the weights that a checkpoint names, without trusting it: a file from elsewhere may name anything.
-
-    Torchvision's own weights are downloaded from where torchvision says. A file, or the copy of a URL, is used if it is
-    on this machine and has the sha256 in the checkpoint. Nothing else is read or downloaded unless the user names it.
+    A checkpoint may come from a stranger. Torchvision's own weights are downloaded from torchvision's address. A file,
+    or the copy of a URL, is used if it is on this machine and has the sha256 in the checkpoint. Everything else has to
+    be named by the user.
 
     Args:
-        model: name of a torchvision builder.
-        base: of the checkpoint; see `Classifier.base`.
-        weights: named by the user; used instead, as it is.
+        model: name of a torchvision model.
+        base: from the checkpoint, see `Classifier.base`.
+
+    Returns:
+        `weights` and `sha256` for `fetch_weights`.
 
     Raises:
         UsageError: the checkpoint names a place that only the user may name, or no weights at all.
-        DataError: the file is not there any more, or is another one.
+        DataError: the file is not there any more, or is empty.
     """
-    if weights is not None:
-        return _to_fetch(model, weights, None)
     kind, sha256 = base.get("source"), base.get("sha256")
     if kind == "random":
-        return BaseWeights("none")
+        return "none", None
     if not isinstance(sha256, str) or not re.fullmatch(r"[0-9a-f]{64}", sha256):
         raise UsageError("the checkpoint does not record the sha256 of its weights: say where, with --weights.")
-    if kind == "torchvision" and isinstance(base.get("weights"), str) and find_enum(model, base["weights"]):
-        return _to_fetch(model, base["weights"], sha256)
+    if kind == "torchvision" and isinstance(name := base.get("weights"), str) and find_enum(model, name):
+        return name, sha256
     if kind == "url" and isinstance(url := base.get("url"), str):
         if not re.match(r"https?://", url, re.IGNORECASE):
             raise UsageError(f"the checkpoint names weights at {url!r}; if you trust that, repeat it with --weights.")
@@ -189,22 +168,14 @@ def base_weights(model: str, base: Mapping[str, Any], *, weights: str | None = N
             raise UsageError(
                 f"the checkpoint names weights that are not on this machine: to download them, --weights {url}"
             )
-        return BaseWeights(url, sha256)
-    if kind == "file" and isinstance(base.get("path"), str):
-        path = Path(base["path"])
-        if not path.is_file():
-            raise DataError(f"the weights it was trained on are not at {path} any more: say where, with --weights.")
-        if not path.stat().st_size:  # such as those of /proc, some of which never end
-            raise DataError(f"the weights it was trained on are at {path}, which is empty: say where, with --weights.")
-        return BaseWeights(str(path), sha256)
+        return url, sha256
+    if kind == "file" and isinstance(place := base.get("path"), str):
+        if not Path(place).is_file():
+            raise DataError(f"the weights it was trained on are not at {place} any more: say where, with --weights.")
+        if not Path(place).stat().st_size:  # such as those of /proc, some of which never end
+            raise DataError(f"the weights it was trained on are at {place}, which is empty: say where, with --weights.")
+        return place, sha256
     raise UsageError(f"the checkpoint does not say where its weights are ({dict(base)}): say where, with --weights.")
-
-
-def _to_fetch(model: str, weights: str, sha256: str | None) -> BaseWeights:
-    """`weights`, and from where it would be downloaded."""
-    enum = find_enum(model, weights)
-    url = enum.url if enum else weights if re.match(r"https?://", weights, re.IGNORECASE) else None
-    return BaseWeights(weights, sha256, url if url and not place_of(url).exists() else None)
 
 
 def load_backbone_state(
@@ -213,37 +184,39 @@ def load_backbone_state(
     *,
     heads: tuple[str, ...] = (),
     own_head: str = "",
-    match: Any = None,
+    match: WeightsConfig | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> Report:
-    """Copy the weights of `source` into `model`; without `match` exactly: no name missing, none left over, every shape
-    the same.
+    """Copy the weights of a file into a model.
 
-    model: on the CPU; parameters on the meta device are given memory here.
-    heads: names of modules to leave alone, whether or not the file has values for them.
-    own_head: name of a module that takes the file's values if their shapes are its own, and else is left alone.
-    match: which tensors of the file are meant, and what they are called here: a `WeightsFilter`, or any object with its
-        fields.
-    state: the tensors, if they are not those in the file itself.
+    Names in old files of torchvision, and of wrapped models (`module.`, `_orig_mod.`), are translated. By default the
+    file must hold each tensor of the model in its shape, and no other. Only `num_batches_tracked` may be missing:
+    files from before PyTorch 0.4.1 lack this count, and these models never read it.
 
-    Names of old torchvision files, and of wrapped models (`module.`, `_orig_mod.`), are translated. Only
-    `num_batches_tracked` may be missing: a count that files from before PyTorch 0.4.1 lack and these models never read.
-    Raises DataError, with the names, or UsageError for a pattern that fits nothing, and then `model` is as it was.
+    Args:
+        model: on the CPU; parameters on the meta device are given memory here.
+        source: where the file is.
+        heads: names of modules that keep their values, whether or not the file has tensors for them.
+        own_head: name of the module that takes the file's values if their shapes fit, and keeps its own otherwise.
+        match: which tensors are taken, and under which names; None: all, under their own.
+        state: the tensors, if they are not the content of the file itself.
+
+    Raises:
+        DataError: the file does not fit, names the tensors; the model is then unchanged.
+        UsageError: a pattern fits no tensor, or the settings contradict the file; the model is then unchanged.
     """
     assert source.path is not None, "random features have nothing to load"
-    match, file = WeightsFilter() if match is None else WeightsFilter.of(match), source.path
-    if match.weights_first is not None and file.suffix == ".safetensors":
-        raise UsageError(f"--weights-first: {file} keeps its tensors by name, in no order; use --weights-only instead.")
+    match, file = match or WeightsConfig(), source.path
+    check_choice(match, file)
     given = dict(read_state(file) if state is None else state)
     if match.weights_rename:
         given = distinct(zip(renamed(list(given), match.weights_rename, file), given.values(), strict=True), file)
     taken = {name: given[name] for name in chosen(list(given), match, model, own_head, file)}
 
-    # Filled in and handed back whole, because it carries the format versions that MNASNet refuses to load without.
+    # Filled in and loaded as a whole, because it has the format version that MNASNet refuses to load without.
     full = model.state_dict()
     parameters = {k: p.numel() for k, p in model.named_parameters() if not _below(k, (*heads, own_head))}
-    own = [k for k in full if _below(k, (own_head,))]
-    if any(k not in taken or taken[k].shape != full[k].shape for k in own):
+    if any(k not in taken or taken[k].shape != v.shape for k, v in full.items() if _below(k, (own_head,))):
         heads = (*heads, own_head)
     wanted = {k: v for k, v in full.items() if not _below(k, heads)}
     found = {k: v for k, v in taken.items() if not _below(k, heads)}
@@ -262,41 +235,53 @@ def load_backbone_state(
         set_aside=[k for k in taken if _below(k, heads)],
         parameters=(sum(parameters.get(k, 0) for k in fits), sum(parameters.values())),
     )
-    differ = {
-        "missing": [k for k in report.missing if k not in given],
-        "unexpected": report.unexpected,
-        "of another shape": report.shape_differs,
-    }
-    # Whole numbers in the place of others are quantised ones, whose scale is somewhere else.
+    # Integers in the place of floats are quantised values, whose scale is stored elsewhere.
     kinds = [k for k in fits if found[k].is_complex() or found[k].is_floating_point() < wanted[k].is_floating_point()]
     values = {k: found[k].detach().to(wanted[k].dtype) for k in fits if k not in kinds}
     bad = {
         "of another type": [f"{k} {found[k].dtype}, not {wanted[k].dtype}" for k in kinds],
         "not finite": [k for k, v in values.items() if not v.isfinite().all()],
     }
-    if any(bad.values()) or (match.weights_match == "exact" and any(differ.values())):
-        hint = ", made for another image size?" if any("pos_embedding" in k for k in report.shape_differs) else ""
-        way_on = ". To take what fits, and leave the rest random: --weights-match shape" if fits else _RENAME
-        way_on = "" if any(bad.values()) else way_on
-        problems = _listed((differ if match.weights_match == "exact" else {}) | bad)
-        raise DataError(f"{file} does not fit {type(model).__name__}{hint}: {problems}{way_on}")
-    if not fits or report.coverage < match.weights_coverage:
-        raise DataError(
-            f"{file} gives {type(model).__name__} only {report}; expected at least {match.weights_coverage:.0%} "
-            f"(--weights-coverage): {_listed(differ | {'missing': report.missing})}{'' if fits else _RENAME}"
-        )
-    # Copied: tensors of a file can be views of one memory. Assigned where there is no memory yet to copy into; copying
-    # leaves tied parameters tied.
+    _check_report(report, bad, match, given, type(model).__name__)
+    # Cloned: tensors of a file can share memory. Assigned only where there is no memory yet to copy into, because
+    # copying keeps tied parameters tied.
     full |= {k: v.clone(memory_format=torch.contiguous_format) for k, v in values.items()}
     model.load_state_dict(full, assign=any(tensor.is_meta for tensor in model.state_dict().values()))
     return report
 
 
+def _check_report(
+    report: Report, bad: dict[str, list[str]], match: WeightsConfig, given: Mapping[str, Tensor], model: str
+) -> None:
+    """Raise DataError if tensors are `bad`, or differ more than the settings allow."""
+    exact, differ = (
+        match.weights_match == "exact",
+        {
+            "missing": [k for k in report.missing if k not in given],
+            "unexpected": report.unexpected,
+            "of another shape": report.shape_differs,
+        },
+    )
+    rename = "" if report.loaded else ". Names that differ in their beginning are mapped with --weights-rename OLD NEW"
+    if any(bad.values()) or (exact and any(differ.values())):
+        hint = ", made for another image size?" if any("pos_embedding" in k for k in report.shape_differs) else ""
+        advice = rename or ". To take what fits, and leave the rest random: --weights-match shape"
+        advice = "" if any(bad.values()) else advice
+        raise DataError(f"{report.file} does not fit {model}{hint}: {_listed((differ if exact else {}) | bad)}{advice}")
+    if rename or report.coverage < match.weights_coverage:
+        raise DataError(
+            f"{report.file} gives {model} only {report}; expected at least {match.weights_coverage:.0%} "
+            f"(--weights-coverage): {_listed(differ | {'missing': report.missing})}{rename}"
+        )
+
+
 def _below(name: str, modules: tuple[str, ...]) -> bool:
+    """Whether a tensor belongs to one of the modules."""
     return name.startswith(tuple(f"{module}." for module in modules if module))
 
 
 def _listed(problems: Mapping[str, list[str]]) -> str:
+    """The number of tensors with each problem, and the first names."""
     return "; ".join(
         f"{len(names)} {what} ({', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
         for what, names in problems.items()
@@ -305,5 +290,5 @@ def _listed(problems: Mapping[str, list[str]]) -> str:
 
 
 def _by_name(kind: type[WeightsEnum]) -> dict[str, WeightsEnum]:
-    """Weights by lower-case name, "default" too. Not vgg16's IMAGENET1K_FEATURES: without a classifier."""
+    """Weights by lower-case name, "default" too; without vgg16's IMAGENET1K_FEATURES, which have no classifier."""
     return {name.lower(): enum for name, enum in kind.__members__.items() if enum.meta["categories"]}

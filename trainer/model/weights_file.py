@@ -1,4 +1,4 @@
-"""Read a file of weights: the tensors in it, by the names of today's torchvision."""
+"""Read the tensors of a weights file, by the names that torchvision uses today."""
 
 import re
 from collections.abc import Iterable, Mapping
@@ -14,8 +14,9 @@ from trainer.errors import DataError, first_sentence
 from trainer.storage import archive
 
 _WRAPPERS = re.compile(r"(^|\.)(?:(?:module|_orig_mod)\.)+")  # left in names by DataParallel, DDP and torch.compile
-_NESTED = ("state_dict", "model", "model_state", "model_state_dict", "ema")  # where files keep it; the first counts
-_RENAMED = (  # files of torchvision's own that carry the names of older code
+# Keys under which files hold the state dict, the likeliest first.
+_NESTED = ("state_dict", "model", "model_state", "model_state_dict", "ema")
+_RENAMED = (  # names in torchvision's own files from before it renamed modules
     (re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)"), r"\1\2"),
     (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_1\."), r"\1.0."),
     (re.compile(r"(encoder_layer_\d+\.mlp)\.linear_2\."), r"\1.3."),
@@ -23,16 +24,18 @@ _RENAMED = (  # files of torchvision's own that carry the names of older code
 
 
 def read_state(path: Path) -> dict[str, Tensor]:
-    """Read the state dict in a file; runs no code of it.
+    """Read the state dict in a file, without running code from it.
 
     Args:
-        path: a .safetensors file, or one of `torch.save`: the state dict itself, or a dict with it as "model".
+        path: a .safetensors file, or a file of `torch.save` with a state dict, or with a dict that holds one as
+            "state_dict", "model", "model_state", "model_state_dict" or "ema".
 
     Returns:
-        The tensors under the names of today's torchvision, without prefixes of wrappers; in the order of the file.
+        The tensors in the order of the file, under the names that torchvision uses today, without the prefixes of
+        wrappers (`module.`, `_orig_mod.`).
 
     Raises:
-        DataError: damaged, or something else than tensors; says what was found.
+        DataError: the file is damaged, or holds something other than tensors; says what was found.
     """
     try:
         state: Any = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else archive.load(path)
@@ -43,7 +46,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
             reason = f"it holds {code[1]}, not only tensors" if code else str(error)
         reason = _foreign(path) or reason
         raise DataError(f"cannot read {path} as weights: {reason}") from error
-    for _ in range(4):  # not for ever: a dict in a file can hold itself
+    for _ in range(4):  # limited, because a dict in a file can contain itself
         if isinstance(state, Mapping):
             state = next((state[key] for key in _NESTED if isinstance(state.get(key), Mapping)), state)
     if isinstance(state, Mapping):
@@ -56,12 +59,12 @@ def read_state(path: Path) -> dict[str, Tensor]:
     for name, value in state.items():
         if value.layout is not torch.strided or value.is_nested or value.is_meta:
             raise DataError(f"{path}: {name} is a sparse, nested or meta tensor; expected plain ones.")
-    # An average of weights (torch.optim.swa_utils.AveragedModel) counts how many it is of.
+    # "n_averaged" is a counter of torch.optim.swa_utils.AveragedModel, not a tensor of the model.
     return distinct(((_todays_name(key), value) for key, value in state.items() if key != "n_averaged"), path)
 
 
 def _foreign(path: Path) -> str:
-    """What a file that cannot be read is instead of what its name says; empty if its beginning does not tell."""
+    """Why a file cannot be read, by its first bytes: empty, or of another kind than its name says; "" if unknown."""
     with suppress(OSError), path.open("rb") as file:
         start = file.read(9)
         kind = ".pt" if start[:2] == b"PK" or start[:1] == b"\x80" else ".safetensors" if start[8:] == b"{" else ""
@@ -75,6 +78,7 @@ def _foreign(path: Path) -> str:
 
 
 def _todays_name(key: str) -> str:
+    """The name of a tensor in torchvision today, without the prefixes of wrappers."""
     key = _WRAPPERS.sub(r"\1", key)
     for pattern, name in _RENAMED:
         key = pattern.sub(name, key)
@@ -82,7 +86,11 @@ def _todays_name(key: str) -> str:
 
 
 def distinct(items: Iterable[tuple[str, Tensor]], file: Path) -> dict[str, Tensor]:
-    """A dict, once no name is found to appear twice: one tensor would silently take another's place."""
+    """A dict of these items.
+
+    Raises:
+        DataError: two items have the same name, so one tensor would replace the other.
+    """
     result: dict[str, Tensor] = {}
     for name, value in items:
         if name in result:

@@ -1,77 +1,61 @@
-"""Which tensors of a weights file are taken, and what they are called in the model."""
+"""Choose and rename the tensors of a weights file, as the settings `--weights-*` say (`config.WeightsConfig`)."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from trainer.config import WeightsConfig
 from trainer.errors import UsageError
-from trainer.model import expressions
-from trainer.model import patterns as patterns
+from trainer.model import expressions, patterns
 from trainer.model.freezing import children
 
-_SHORT = {"by": "weights_match", "but": "weights_except"} | {
+# The names in checkpoints of version 0.1.
+_FORMER = {"by": "weights_match", "but": "weights_except"} | {
     name: f"weights_{name}" for name in ("rename", "first", "only", "coverage")
 }
 
 
-@dataclass(frozen=True)
-class WeightsFilter:
-    """Which tensors of a file are taken, and where they go. By default the file is the whole model.
+def to_stored(config: WeightsConfig) -> dict[str, Any]:
+    """The settings that differ from their defaults, without the place of the weights: "match" of `Classifier.base`."""
+    default = WeightsConfig(config.weights)
+    values = {name: value for name, value in asdict(config).items() if value != getattr(default, name)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
-    weights_match: "exact": every chosen tensor has a place of its shape in the model, and every place outside the head
-        has its tensor in the file, or it is an error. "shape": tensors that have a place of their shape are taken.
-    weights_rename: OLD, NEW, OLD, NEW, ...: beginnings of names, in whole parts ("encoder.body"; "" is the empty one),
-        or `re:EXPRESSION` and its replacement in `re.sub`. The first OLD that fits a name is used.
-    weights_first: choose among the first so many entries of the file.
-    weights_only, weights_except: choose the names that one of the first patterns means (see `patterns`), and none of
-        the second.
-    weights_coverage: least share of the parameters outside the head that must come from the file, 0 to 1.
 
-    Raises UsageError for impossible values.
+def from_stored(values: Mapping[str, Any], *, weights: str) -> WeightsConfig:
+    """The inverse of `to_stored`, for weights at another place; also takes the names of version 0.1."""
+    settings: dict[str, Any] = {
+        _FORMER.get(name, name): tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
+    settings["weights"] = weights
+    return WeightsConfig(**settings)
+
+
+def check_choice(config: WeightsConfig, file: Path) -> None:
+    """Check the settings that choose tensors of a file.
+
+    Raises:
+        UsageError: names the setting, its value and what was expected.
     """
-
-    weights_match: str = "exact"
-    weights_rename: tuple[str, ...] = ()
-    weights_first: int | None = None
-    weights_only: tuple[str, ...] = ()
-    weights_except: tuple[str, ...] = ()
-    weights_coverage: float = 0.9
-
-    def __post_init__(self) -> None:
-        if self.weights_match not in ("exact", "shape"):
-            raise UsageError(f"--weights-match is {self.weights_match!r}; expected exact or shape.")
-        if len(self.weights_rename) % 2:
-            raise UsageError(
-                f"--weights-rename has {len(self.weights_rename)} names; expected pairs: OLD NEW, OLD NEW, ..."
-            )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields that differ from the defaults, in plain types; `from_dict` takes it back."""
-        values = {name: value for name, value in asdict(self).items() if value != getattr(WeightsFilter, name)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "WeightsFilter":
-        """The inverse of `to_dict`; also takes the shorter names in older checkpoints."""
-        named = {_SHORT.get(name, name): value for name, value in values.items()}
-        fields: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in named.items()}
-        return cls(**fields)
-
-    @classmethod
-    def of(cls, settings: Any) -> "WeightsFilter":
-        """The same fields of any object that has them, such as a group of settings."""
-        return cls(**{f.name: _frozen(getattr(settings, f.name)) for f in fields(cls)})
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    if config.weights_match not in ("exact", "shape"):
+        raise UsageError(f"--weights-match is {config.weights_match!r}; expected exact or shape.")
+    if count := len(config.weights_rename) % 2 * len(config.weights_rename):
+        raise UsageError(f"--weights-rename has {count} names; expected pairs: OLD NEW, OLD NEW, ...")
+    if config.weights_first is not None and file.suffix == ".safetensors":
+        raise UsageError(f"--weights-first: {file} keeps its tensors by name, in no order; use --weights-only instead.")
 
 
 def renamed(names: list[str], pairs: tuple[str, ...], file: Path) -> list[str]:
-    """The names after `WeightsFilter.weights_rename`.
+    """The names in a file after `--weights-rename`: the first OLD that fits a name is replaced by its NEW.
+
+    Args:
+        names: names in the file.
+        pairs: OLD, NEW, OLD, NEW, ...: a beginning of names in whole parts ("encoder.body"; "" fits all names), or
+            `re:EXPRESSION` and its replacement as in `re.sub`.
+        file: for errors.
 
     Raises:
         UsageError: an OLD fits no name.
@@ -90,7 +74,7 @@ def renamed(names: list[str], pairs: tuple[str, ...], file: Path) -> list[str]:
 
 
 def _substituted(names: list[str], old: str, new: str) -> list[str | None]:
-    """The names with `new` for `old`; None for those that have no `old`."""
+    """The names with `old` replaced by `new`; None for each name that does not have it."""
     if old.startswith("re:"):
         try:
             return expressions.substituted(old[3:], new, names)
@@ -102,24 +86,36 @@ def _substituted(names: list[str], old: str, new: str) -> list[str | None]:
     return [".".join(filter(None, (new, tail))) if fit else None for fit, tail in zip(fits, tails, strict=True)]
 
 
-def chosen(names: list[str], match: WeightsFilter, model: nn.Module, head: str, file: Path) -> list[str]:
-    """Those of the file's names that a filter chooses. Raises UsageError for a pattern that fits none."""
+def chosen(names: list[str], config: WeightsConfig, model: nn.Module, head: str, file: Path) -> list[str]:
+    """The names in a file that `--weights-first`, `--weights-only` and `--weights-except` choose.
 
-    def meant(wanted: tuple[str, ...], flag: str) -> set[str]:
+    Args:
+        names: names in the file, after `renamed`.
+        config: the settings.
+        model: counts the children for slices in patterns.
+        head: name of the module that the pattern "head" stands for; "": none.
+        file: for errors.
+
+    Raises:
+        UsageError: a pattern fits no name.
+    """
+
+    def matching(wanted: tuple[str, ...], flag: str) -> set[str]:
         found = set()
         for pattern in wanted:
-            some = patterns.named(pattern, names, children=below, head=filter(None, [head]))
+            some = patterns.named(pattern, names, children=below, head=[head] if head else [])
             if not some:
                 raise UsageError(f"{flag} {pattern!r} fits no name in {file}; there are {_tops(names)}.")
             found.update(some)
         return found
 
     below = children(model)
-    only, omitted = meant(match.weights_only, "--weights-only"), meant(match.weights_except, "--weights-except")
-    some = [name for name in names[: match.weights_first] if name not in omitted]
-    return [name for name in some if name in only or not match.weights_only]
+    only = matching(config.weights_only, "--weights-only") if config.weights_only else set(names)
+    only -= matching(config.weights_except, "--weights-except")
+    return [name for name in names[: config.weights_first] if name in only]
 
 
 def _tops(names: list[str]) -> str:
+    """The first parts of names, for errors."""
     tops = list(dict.fromkeys(name.partition(".")[0] for name in names))
     return ", ".join(tops[:12]) + (", ..." if len(tops) > 12 else "")
