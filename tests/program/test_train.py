@@ -27,7 +27,7 @@ def demo(tmp_path_factory):
     return folder, done.stdout
 
 
-def test_the_demo_reaches_94_percent_and_says_what_it_does(demo):
+def test_the_demo_reaches_97_percent_and_says_what_it_does(demo):
     folder, output = demo
     run = folder / "runs" / "digits-resnet18"
     assert "random weights" in output
@@ -35,7 +35,7 @@ def test_the_demo_reaches_94_percent_and_says_what_it_does(demo):
     assert "cut before fc" in output
     assert "batch 64 = micro-batch 64 × 1 process × accumulation 1; 1,438 images = 23 steps" in output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert lines[-1]["val"]["accuracy"] >= 0.94
+    assert lines[-1]["val"]["accuracy"] >= 0.97
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["model"]["model"], config["data"]["augment"]) == ("resnet18", "none")
     chosen = json.loads((run / "search.json").read_text())["chosen"]
