@@ -23,7 +23,7 @@ from trainer.commands.inspect import inspect
 from trainer.commands.predict import predict
 from trainer.commands.verify import verify
 from trainer.data.datasets import Digits
-from trainer.data.transforms import InputSpec, eval_transform
+from trainer.data.transforms import InputSpec
 from trainer.errors import CheckpointError, DataError, UsageError
 from trainer.storage import checkpoint
 
@@ -147,7 +147,7 @@ def test_onnx_without_its_packages_is_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_preprocessing_inside_is_that_of_training(interpolation):
     prepare = Preprocess(InputSpec(64, 73, (0.0,) * 3, (1.0,) * 3, interpolation))
-    plain = eval_transform(size=64, resize=73, interpolation=interpolation)
+    plain = InputSpec(64, 73, interpolation=interpolation).eval_transform()
     for height, width in ((8, 8), (64, 64), (101, 256), (375, 500), (500, 333), (73, 900)):
         generator = torch.Generator().manual_seed(0)
         image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=generator)

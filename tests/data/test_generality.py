@@ -16,7 +16,7 @@ from trainer.data.bad_images import check_images
 from trainer.data.images import Subset, decode
 from trainer.data.loader import BatchLoader, KeyedDataset
 from trainer.data.open import check_labels, load_data, open_data, stratified_split
-from trainer.data.transforms import InputSpec, Normalize, eval_transform, is_random, train_transform
+from trainer.data.transforms import InputSpec, Normalize, is_random
 from trainer.errors import DataError, UsageError
 
 SPEC = InputSpec(8, 9, (0.5,), (0.25,), "bilinear", max_value=4095)
@@ -94,7 +94,7 @@ def test_a_bad_image_with_a_number_is_left_out():
 def test_inputs_of_any_shape_and_type(augment, shape, dtype):
     one = torch.randint(0, 256, shape[-3:], generator=torch.Generator().manual_seed(0)).to(dtype)
     image = one.expand(shape)
-    transform = train_transform(augment, size=8, resize=9)
+    transform = InputSpec(8, 9).train_transform(augment)
     dataset = KeyedDataset(Tensors([image] * 4, [0] * 4), transform, seed=0)
     (batch,) = BatchLoader(dataset)([[(0, 1), (0, 3)]])
     images = batch["image"]
@@ -136,6 +136,9 @@ def test_channels_and_depth(tmp_path):
     assert decode(tmp_path / "a.png", channels=4)[:, 0, 0].tolist() == [255, 0, 0, 51]
     assert decode(tmp_path / "a.png", depth=16)[:, 0, 0].tolist() == [65535, 204 * 257, 204 * 257]
     assert decode(tmp_path / "a.png", channels=1).shape == (1, 1, 2)
+    grey = Image.fromarray(np.uint8([[7, 8]]))
+    grey.save(tmp_path / "grey.png", transparency=7)
+    assert decode(tmp_path / "grey.png", channels=1)[0, 0].tolist() == [255, 8]  # transparent: white, as in colour
     for wrong in ({"channels": 2}, {"depth": 12}):
         with pytest.raises(UsageError, match="expected 1, 3 or 4, and 8 or 16"):
             decode(tmp_path / "a.png", **wrong)
@@ -145,22 +148,22 @@ def test_the_randomness_of_a_transform_is_found():
     images = [torch.full((3, 8, 8), 7, dtype=torch.uint8), torch.zeros(3, 9, 8, dtype=torch.uint8)]
     own = np.random.default_rng(0)
     for transform in (
-        train_transform("flip", size=4, resize=4),
-        train_transform("crop", size=4, resize=4),
+        InputSpec(4, 4).train_transform("flip"),
+        InputSpec(4, 4).train_transform("crop"),
         v2.RandomHorizontalFlip(0.001),
         lambda image: image + np.random.randint(2),
         lambda image: image + own.random(),
     ):
         assert is_random(transform, *images)
     state = torch.get_rng_state()
-    assert not is_random(train_transform("none", size=4, resize=4), *images)
+    assert not is_random(InputSpec(4, 4).train_transform("none"), *images)
     assert not is_random(lambda image: image.flip(-1), *images)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("shape", [(1, 20000), (20000, 1), (2, 20001)])
 def test_a_strip_is_resized_in_its_middle_alone(shape):
-    transform = pickle.loads(pickle.dumps(eval_transform(size=224, resize=256)))
+    transform = pickle.loads(pickle.dumps(InputSpec(224, 256).eval_transform()))
     image = torch.arange(max(shape)).mul(256).div(max(shape), rounding_mode="floor").to(torch.uint8)
     image = image.expand(3, min(shape), -1) if shape[0] < shape[1] else image[:, None].expand(3, -1, min(shape))
     result = transform(image)
@@ -174,10 +177,10 @@ def test_a_strip_looks_as_if_it_had_been_resized_whole(length):
     image = wave.to(torch.uint8).expand(3, 3, length)
     whole = v2.Compose([v2.Resize(8, antialias=True), v2.CenterCrop(8)])
     for turned in (image, image.mT):
-        away = eval_transform(size=8, resize=8)(turned).int() - whole(turned).int()
+        away = InputSpec(8, 8).eval_transform()(turned).int() - whole(turned).int()
         assert away.abs().max() <= 8  # half a pixel of the result
     short = image[..., :300]
-    assert torch.equal(eval_transform(size=8, resize=8)(short), whole(short))  # up to 100 times as long: the same bits
+    assert torch.equal(InputSpec(8, 8).eval_transform()(short), whole(short))  # up to 100 times as long: the same bits
 
 
 # The data of a run

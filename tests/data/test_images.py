@@ -10,10 +10,10 @@ import pytest
 import torch
 from pictures import WHITE, encoded, png, rows, words, write
 from PIL import ExifTags, Image
-from torchvision.transforms import InterpolationMode, functional
+from torchvision.transforms import functional
 
 from trainer.data.images import decode, printable, to_rgb
-from trainer.data.transforms import train_transform
+from trainer.data.transforms import InputSpec
 from trainer.errors import DataError
 
 
@@ -136,7 +136,7 @@ def test_one_pixel(tmp_path):
     path = write(tmp_path / "dot.png", (9, 8, 7), (1, 1))
     assert rows(decode(path)) == rows(decode(str(path))) == [[[9, 8, 7]]]
     for augment in ("none", "flip", "crop"):
-        transform = train_transform(augment, size=8, resize=9, interpolation=InterpolationMode.BICUBIC)
+        transform = InputSpec(8, 9, interpolation="bicubic").train_transform(augment)
         assert rows(transform(decode(path))) == [[[9, 8, 7]] * 8] * 8
 
 

@@ -7,7 +7,7 @@ import torch
 from torchvision.transforms import InterpolationMode, functional
 from torchvision.transforms._presets import ImageClassification
 
-from trainer.data.transforms import Normalize, eval_transform, train_transform, visible
+from trainer.data.transforms import InputSpec, Normalize, visible
 from trainer.errors import UsageError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -25,7 +25,7 @@ def picture(height, width, seed=0):
 def test_evaluation_is_the_preset_on_a_pillow_image_but_for_rounding(height, width, size, resize, interpolation):
     preset = ImageClassification(crop_size=size, resize_size=resize, interpolation=interpolation, mean=MEAN, std=STD)
     image = picture(height, width)
-    result = eval_transform(size=size, resize=resize, interpolation=interpolation)(image)
+    result = InputSpec(size, resize, interpolation=interpolation.value).eval_transform()(image)
     assert result.dtype == torch.uint8
     assert result.shape == (3, size, size)
     std = torch.tensor(STD).view(3, 1, 1)
@@ -48,8 +48,7 @@ def test_normalize():
 
 @pytest.mark.parametrize("augment", ["none", "flip", "crop"])
 def test_training_transforms(augment):
-    options = {"size": 24, "resize": 28, "interpolation": InterpolationMode.BILINEAR}
-    transform = pickle.loads(pickle.dumps(train_transform(augment, **options)))
+    transform = pickle.loads(pickle.dumps(InputSpec(24, 28).train_transform(augment)))
     image = picture(60, 40)
 
     def draw(seed):
@@ -61,7 +60,7 @@ def test_training_transforms(augment):
 
     seen = [draw(seed) for seed in range(20)]
     assert seen == [draw(seed) for seed in range(20)]  # torch's generator decides all
-    plain = eval_transform(**options)(image)
+    plain = InputSpec(24, 28).eval_transform()(image)
     if augment == "crop":
         assert len(set(seen)) == 20
     else:
@@ -70,8 +69,8 @@ def test_training_transforms(augment):
 
 
 def test_unknown_augmentation():
-    with pytest.raises(UsageError, match="'mixup': expected one of none, flip, crop"):
-        train_transform("mixup", size=8, resize=8, interpolation=InterpolationMode.BILINEAR)
+    with pytest.raises(UsageError, match="'mixup'; expected one of none, flip, crop"):
+        InputSpec(8, 8).train_transform("mixup")
 
 
 def test_any_image_is_a_picture():

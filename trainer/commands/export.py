@@ -243,7 +243,7 @@ class Preprocess(nn.Module):
     """uint8 [B, 3, H, W] of any size to the model's input, float [B, 3, S, S], in operations of any runtime.
 
     Resizing with antialiasing and cropping are a product with one matrix per side. Pixels are nearly all equal to
-    those of `data.eval_transform`; others differ by 1/255, or, where a few pixels are enlarged to many, by 2/255.
+    those of `InputSpec.eval_transform`; others differ by 1/255, or, where a few pixels are enlarged to many, by 2/255.
     """
 
     def __init__(self, spec: InputSpec):

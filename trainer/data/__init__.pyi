@@ -20,6 +20,4 @@ from .open import transformed as transformed
 from .sampling import BatchPlan as BatchPlan
 from .transforms import InputSpec as InputSpec
 from .transforms import Normalize as Normalize
-from .transforms import eval_transform as eval_transform
 from .transforms import is_random as is_random
-from .transforms import train_transform as train_transform

@@ -1,6 +1,5 @@
-"""Images from a list of files: what a table or a script of your own names."""
+"""Images from a list of files, such as a table or a script of your own has."""
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 
@@ -34,13 +33,6 @@ class FileImages(Images):
 
     def key(self, index: int) -> str:
         return printable(os.path.basename(self.files[index]))
-
-    def stamp(self) -> str:
-        sha256 = hashlib.sha256(self.digest().encode())
-        for file in self.files:
-            status = os.stat(file)
-            sha256.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
-        return sha256.hexdigest()
 
 
 class Decoded(Subset):

@@ -1,4 +1,4 @@
-"""Labelled images with random access, and how an image file becomes pixels."""
+"""Labelled images with random access; decoding of image files, with EXIF rotation, to tensors."""
 
 import contextlib
 import errno
@@ -21,7 +21,7 @@ with contextlib.suppress(ImportError):  # an optional package: HEIC, the photos 
 
     pillow_heif.register_heif_opener()
 
-# Formats that are read only where Pillow, or pillow-heif, has a decoder: the package that brings it, and their names.
+# Formats with an optional decoder: the package to install, the extensions, and whether the decoder is here.
 _OPTIONAL = {
     "AVIF": ("pillow>=11.3", (".avif",), features.check("avif")),
     "HEIF": ("pillow-heif", (".heic", ".heif"), "HEIF" in Image.OPEN),
@@ -30,28 +30,28 @@ REMEDIES = {name: package for package, names, here in _OPTIONAL.values() if not 
 EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 EXTENSIONS += tuple(name for _, names, here in _OPTIONAL.values() if here for name in names)
 
-# What network drives, archives and systems put between one's own folders: thumbnails, deleted files, copies.
+# Folders of thumbnails, deleted files and copies that network drives, archives and systems create.
 _LEFT_BY_PROGRAMS = {"@eadir", "@tmp", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "~snapshot"}
 _LEFT_BY_PROGRAMS |= {"__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "thumbs.db"}
 
-# A large image or odd metadata is no news to the owner of the photo, and what cannot be decoded is an error anyway.
+# Pillow warns about large images and odd metadata, which are harmless; an image that cannot be decoded is an error.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def left_by_programs(name: str) -> bool:
-    """Whether a folder or file of this name is no data: hidden, or left by a program, such as `@eaDir`, `__MACOSX`."""
+    """Whether a folder or file is hidden, or was left by a program, such as `@eaDir` or `__MACOSX`, by its name."""
     return name.startswith(".") or name.lower() in _LEFT_BY_PROGRAMS
 
 
 class Images:
-    """Labelled images with random access. Subclass it for data of your own; DataLoader workers get a copy.
+    """Labelled images with random access. Subclass it for your own data; each DataLoader worker has a copy.
 
     Attributes:
-        classes: their names; may be empty where labels are not classes.
-        labels: of each image a class, as an index into `classes` (a list of int); or a tensor `[N, ...]` of values:
-            `[N]` float for a number each, `[N, K]` float for several classes (1 where the image shows class k) or K
-            numbers, and any other shape.
-        origin: of validation images: where they come from, for the console; "" if unknown.
+        classes: names of the classes; may be empty if labels are not classes.
+        labels: the class of each image, as an index into `classes` (a list of int); or a tensor `[N, ...]`: float
+            `[N]` for one number per image, float `[N, K]` for several classes (1 where the image shows class k) or for
+            K numbers, or any other shape.
+        origin: for validation images, where they come from, as text for the console; "" if unknown.
     """
 
     classes: tuple[str, ...] = ()
@@ -62,31 +62,31 @@ class Images:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> Tensor:
-        """The decoded image.
+        """Decode an image.
 
         Returns:
-            uint8 `[3, H, W]`, RGB, in its own size; or, in your own subclass, `[..., C, H, W]` of any dtype, such as
-            a pair `[2, 3, H, W]`: see `InputSpec.max_value`.
+            uint8 `[3, H, W]`, RGB, in its original size. A subclass may return `[..., C, H, W]` of any dtype, such as
+            a pair `[2, 3, H, W]`; see `InputSpec.max_value`.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: the image cannot be read.
         """
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What messages call the image, such as its path or `CIFAR10 train[17]`. Always printable."""
+        """The name of an image in messages, such as its path or `CIFAR10 train[17]`; always printable."""
         return f"{type(self).__name__}[{index}]"
 
     def key(self, index: int) -> str:
-        """The image's name for a machine: the same wherever the data lies."""
+        """A name that is the same on every machine, wherever the data is stored."""
         return self.name(index)
 
     def path(self, index: int) -> str | None:
-        """The file of the image, by which a replaced one is noticed (see `content`); None where it has none."""
+        """The file of an image; None if it has none. Replaced files are noticed, see `stamp` and `content`."""
         return None
 
     def digest(self) -> str:
-        """A sha256 of the classes, labels and file names: the same on machines that hold the same data."""
+        """16 hex digits of a sha256 of classes, labels and keys: the same on machines with the same data."""
         if isinstance(self.labels, Tensor):
             sha256 = hashlib.sha256(repr((self.classes, self.labels.dtype, tuple(self.labels.shape))).encode())
             sha256.update(label_bytes(self.labels))
@@ -97,15 +97,19 @@ class Images:
         return sha256.hexdigest()[:16]
 
     def stamp(self) -> str:
-        """As `digest`, and it changes when a file does: features that were kept are found again by it."""
-        return self.digest()
+        """A sha256 that changes with `digest`, or with the size or time of a file; part of the key of kept features."""
+        sha256 = hashlib.sha256(self.digest().encode())
+        for path in filter(None, map(self.path, range(len(self)))):
+            status = os.stat(path)
+            sha256.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
+        return sha256.hexdigest()
 
     def shrink(self, side: int) -> None:
-        """From now on large images may come smaller, with a shorter side of `side` pixels at least: see `decode`."""
+        """Allow large images to be decoded smaller from now on, with a shorter side of at least `side` pixels."""
 
 
 class Subset(Images):
-    """The images at `indices` of another source, in that order."""
+    """The images at `indices` of other images, in this order."""
 
     def __init__(self, images: Images, indices: Iterable[int]):
         self.images, self.indices = images, list(indices)
@@ -136,11 +140,11 @@ class Subset(Images):
 
 
 def label_bytes(labels: Tensor) -> bytes:
-    """The values of a tensor of labels, for a hash."""
+    """The bytes of a tensor of labels, for a hash."""
     return labels.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if labels.numel() else b""
 
 
-# Only these of Pillow's parsers see a file, whatever its name: others run programs (EPS) or need more than a file.
+# Pillow's parsers that may read a file, whatever its name. Others run programs (EPS) or need more than the file.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", *(name for name in _OPTIONAL if _OPTIONAL[name][2]))
 _BRANDS = {b"avif": "AVIF", b"avis": "AVIF"} | dict.fromkeys((b"heic", b"heix", b"hevc", b"mif1", b"msf1"), "HEIF")
 _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
@@ -149,71 +153,83 @@ _MACHINE_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 def decode(
     path_or_file: str | os.PathLike[str] | BinaryIO, *, side: int | None = None, channels: int = 3, depth: int = 8
 ) -> Tensor:
-    """The first frame of an image file.
+    """Decode the first frame of an image file, and rotate it as its EXIF orientation says.
 
-    JPEG, PNG, WebP, BMP, TIFF and GIF, told by their content, not by their name; AVIF and HEIC where Pillow can, or
-    the package pillow-heif. EXIF orientation is applied; see `to_rgb` for transparency and other modes.
+    Reads JPEG, PNG, WebP, BMP, TIFF and GIF, recognised by content; AVIF and HEIC if Pillow, or the package
+    pillow-heif, has a decoder. See `to_rgb` for transparency and other modes.
 
     Args:
         path_or_file: a path or an open binary file.
-        side: pixels. A JPEG comes at 1/2, 1/4 or 1/8 of its size if its shorter side still has as many: its decoder
-            omits the rest, which is several times faster and only nearly the same as decoding and shrinking. None:
-            in its own size.
+        side: smallest shorter side, pixels. A JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its shorter side stays
+            at least as long: several times faster, and nearly the same as decoding and shrinking. None: full size.
         channels: 1 for grey, 3 for RGB, 4 for RGB with alpha.
-        depth: 8, or 16 for scans, microscopes and depth cameras: the values of a 16-bit grey file as they are (12-bit
-            values too: tell their range by `InputSpec.max_value`); 8-bit values are scaled, so that 255 is 65535.
+        depth: 8, or 16 for scans, microscopes and depth cameras. 16 keeps the values of a 16-bit grey file (12-bit
+            values too: set `InputSpec.max_value`), and scales 8-bit values, so that 255 becomes 65535.
 
     Returns:
         `[channels, H, W]`: uint8, or int32 from 0 to 65535 with `depth=16`.
 
     Raises:
-        DataError: with the path and Pillow's reason: missing, cut off, of another kind, 16-bit colour with `depth=16`,
-            or above Pillow's limit for decompression bombs (178,956,970 pixels).
+        DataError: the file is missing, damaged, of another kind, 16-bit colour with `depth=16`, or above Pillow's limit
+            against decompression bombs (178,956,970 pixels); has the path and Pillow's reason.
         OSError: an error of the machine, such as too many open files.
         UsageError: another number of channels, or another depth.
     """
     if channels not in (1, 3, 4) or depth not in (8, 16):
-        raise UsageError(f"decode: channels is {channels}, depth {depth}: expected 1, 3 or 4, and 8 or 16")
-    # By Pillow: torchvision 0.29 deprecates its own decoders.
+        raise UsageError(f"decode: channels is {channels} and depth is {depth}; expected 1, 3 or 4, and 8 or 16.")
+    # With Pillow, because torchvision 0.29 deprecates its own decoders.
     is_path = isinstance(path_or_file, (str, os.PathLike))
-    with (
-        blame(path_or_file if is_path else str(getattr(path_or_file, "name", "the given file"))),
-        _open(path_or_file) as image,
-    ):
+    name = path_or_file if is_path else str(getattr(path_or_file, "name", "the given file"))
+    with blame(name), _open(path_or_file) as image:
         if side is not None and image.format == "JPEG":
             factor = max(side / min(image.size), 1e-9)
             image.draft(None, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
-        key = image.info.get("transparency")
-        if image.format == "PNG" and key is not None:  # Pillow scales the pixels to 8 bits, but not this colour
-            raw = _raw_mode(image)
+        key, raw = image.info.get("transparency"), _raw_mode(image)
+        if image.format == "PNG" and key is not None:  # Pillow scales pixels to 8 bits, but not this colour
             if raw in ("L;2", "L;4"):
                 image.info["transparency"] = key * 255 // (2 ** int(raw[-1]) - 1)
             elif raw == "RGB;16B":
                 image.info["transparency"] = tuple(value >> 8 for value in key)
-        return to_rgb(image) if (channels, depth) == (3, 8) else _to_channels(image, channels, depth)
+        if depth == 16 and ";16" in raw and not image.mode.startswith("I"):
+            raise DataError("16-bit colour, of which only 8 bits can be read: store it as grey, or decode with depth=8")
+        return _to_tensor(image, channels, depth)
 
 
 def to_rgb(image: Image.Image) -> Tensor:
-    """A Pillow image of any mode as uint8 [3, H, W], RGB.
+    """Convert a Pillow image of any mode to uint8 `[3, H, W]`, RGB.
 
-    EXIF orientation is applied. Transparency is composited over white. CMYK is converted without a colour profile.
-    16-bit samples become 8-bit by scaling: 65535 is 255.
+    The EXIF orientation is applied. Transparent pixels are blended with white. CMYK is converted without a colour
+    profile. 16-bit values are scaled to 8 bits: 65535 becomes 255.
 
     Raises:
-        DataError: a mode with no such range: floats, and 32-bit integers outside of 0..65535.
+        DataError: floating-point pixels, or 32-bit integers outside of 0 to 65535.
     """
-    image = _upright(image)
+    return _to_tensor(image, 3, 8)
+
+
+def _to_tensor(image: Image.Image, channels: int, depth: int) -> Tensor:
+    """`[channels, H, W]`, as `decode` returns it."""
+    image = _rotated_by_exif(image)
+    if image.mode == "F":
+        raise DataError("floating-point pixels: expected 8 or 16 bits per channel, convert the file first")
     if image.mode.startswith("I"):  # Pillow's own conversion saturates: nearly all of a 16-bit scan would be white
-        grey = _grey16(image)
-        pixels = np.repeat(((grey + 128) // 257).astype(np.uint8)[:, :, None], 3, axis=2)
+        grey = _grey16(image) if depth == 16 else ((_grey16(image) + 128) // 257).astype(np.uint8)
+        opaque = np.full_like(grey, 65535 if depth == 16 else 255)
+        pixels = np.stack([grey] * min(channels, 3) + [opaque] * (channels == 4), axis=2)
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+    if channels == 4:
+        image = image.convert("RGBA")
     elif image.has_transparency_data:
         rgba = image.convert("RGBA")
-        canvas = Image.new("RGB", image.size, "white")
-        canvas.paste(rgba, mask=rgba)
-        pixels = np.array(canvas)
-    else:
-        pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))  # which would make a copy
-    return torch.from_numpy(pixels).permute(2, 0, 1)  # [3, H, W], still interleaved: v2 crops that 3 times faster
+        image = Image.new("RGB", image.size, "white")
+        image.paste(rgba, mask=rgba)
+    elif image.mode != "RGB" and (channels, image.mode) != (1, "L"):
+        image = image.convert("RGB")
+    if channels == 1:
+        image = image.convert("L")
+    # [channels, H, W] in the memory of [H, W, channels]: v2 crops that 3 times faster.
+    pixels = torch.from_numpy(np.atleast_3d(np.array(image))).permute(2, 0, 1)
+    return pixels.int() * 257 if depth == 16 else pixels
 
 
 def _open(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
@@ -230,57 +246,33 @@ def _open(path_or_file: str | os.PathLike[str] | BinaryIO) -> Image.Image:
         raise
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """The image with its pixels loaded and its EXIF orientation applied; DataError for floating-point pixels."""
+def _rotated_by_exif(image: Image.Image) -> Image.Image:
+    """The image with its pixels loaded, turned or mirrored as its EXIF orientation says."""
     image.load()
     with contextlib.suppress(Exception):  # damaged EXIF does not make the pixels worse
         if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise DataError("floating-point pixels: expected 8 or 16 bits per channel, convert the file first")
+            return ImageOps.exif_transpose(image)
     return image
 
 
 def _grey16(image: Image.Image) -> np.ndarray:
-    """The pixels of a 16-bit or 32-bit grey image as int64 [H, W], 0 to 65535; the transparent ones white."""
+    """The pixels of a 16-bit or 32-bit grey image as int32 `[H, W]`, 0 to 65535; transparent ones become white."""
     grey = np.asarray(image).astype(np.int64)
     if grey.size and not 0 <= grey.min() <= grey.max() <= 65535:
         raise DataError(f"32-bit pixels from {grey.min()} to {grey.max()}: expected 0 to 65535, convert the file first")
     grey[grey == image.info.get("transparency", -1)] = 65535
-    return grey
+    return grey.astype(np.int32)
 
 
 def _raw_mode(image: Image.Image) -> str:
-    """How the file of an image holds its pixels, such as "RGB;16B"; empty if it is not known."""
+    """The layout of the pixels in the file of an image, such as "RGB;16B"; "" if unknown. To be read before `load`."""
     tile = getattr(image, "tile", None)
     return str(tile[0][3]) if tile else ""
 
 
-def _to_channels(image: Image.Image, channels: int, depth: int) -> Tensor:
-    """A Pillow image as [channels, H, W]: uint8, or int32 with the values of 16 bits."""
-    raw = _raw_mode(image)
-    if depth == 16 and ";16" in raw and not image.mode.startswith("I"):
-        raise DataError("16-bit colour, of which only 8 bits can be read: store it as grey, or decode with depth=8")
-    image = _upright(image)
-    if image.mode.startswith("I"):
-        grey = torch.from_numpy(_grey16(image))  # [H, W]
-        grey = grey.int() if depth == 16 else ((grey + 128) // 257).to(torch.uint8)
-        pixels = grey.expand(min(channels, 3), *grey.shape)
-        alpha = torch.full_like(grey, 65535 if depth == 16 else 255)[None]
-        return torch.cat([pixels, alpha]) if channels == 4 else pixels.contiguous()
-    if channels == 4:
-        pixels = torch.from_numpy(np.array(image.convert("RGBA"))).permute(2, 0, 1)
-    else:
-        pixels = to_rgb(image)
-        if channels == 1:
-            grey = image if image.mode == "L" else Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L")
-            pixels = torch.from_numpy(np.array(grey))[None]
-    return pixels.int() * 257 if depth == 16 else pixels
-
-
 @contextlib.contextmanager
 def blame(culprit: Any) -> Iterator[None]:
-    """Whatever goes wrong inside is a `DataError` about `culprit`, unless it is the machine's or a package's fault."""
+    """Raise an error inside as a `DataError` about `culprit`, unless the machine or a missing package is the cause."""
     try:
         yield
     except (MemoryError, ImportError):
@@ -292,11 +284,12 @@ def blame(culprit: Any) -> Iterator[None]:
 
 
 def one_line(error: Exception) -> str:
+    """The text of an error in one line; its type if it has none."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def printable(path: Any) -> str:
-    """A path or name for messages: bytes that are not UTF-8, newlines and the like are escaped."""
+    """A path or name for messages; bytes that are not UTF-8, newlines and the like are escaped."""
     text = os.fsencode(os.fspath(path)).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
@@ -307,5 +300,6 @@ def counted(number: int, noun: str) -> str:
 
 
 def listed(names: Iterable[str], limit: int = 20) -> str:
+    """Names, separated by commas; the first `limit` of many, and how many there are."""
     names = list(names)
     return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")

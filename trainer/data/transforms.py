@@ -1,4 +1,4 @@
-"""From a decoded image to what the model takes: resize, crop, augment, normalise."""
+"""Transforms from a decoded image to the input of a model: resize, crop, augment, normalise."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -16,22 +16,23 @@ from trainer.errors import UsageError
 
 AUGMENTATIONS = ("none", "flip", "crop")
 
-# The longest image that is resized whole, as a multiple of its shorter side. Of a longer one the ends, which no centre
-# crop shows, are cut off first: a strip of 20,000 x 1 pixels would be resized to 5 million x 256.
+# An image with a longer ratio of its sides is cut at both ends, outside of the centre crop, before it is resized:
+# 20,000 x 1 pixels would be resized to 5 million x 256.
 LONGEST = 100
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """What the images must look like before the model sees them.
+    """How images are prepared for a model.
 
     Attributes:
         size: side of the square crop, pixels.
-        resize: shorter side before the centre crop, pixels.
-        mean, std: one number per channel, of values in [0, 1]; their length is the number of channels.
+        resize: length of the shorter side before the centre crop, pixels.
+        mean: one number per channel, for pixel values from 0 to 1; their number is the number of channels.
+        std: one number per channel, in the same unit.
         interpolation: "bilinear" or "bicubic".
-        max_value: the value of a pixel that counts as 1: 255 for 8 bits, 65535 for 16, 4095 for 12, 1.0 for floats
-            from 0 to 1.
+        max_value: the pixel value that counts as 1: 255 for 8 bits, 65535 for 16, 4095 for 12, 1.0 for floats from 0
+            to 1.
     """
 
     size: int
@@ -43,13 +44,14 @@ class InputSpec:
 
     @classmethod
     def square(cls, size: int, **values: Any) -> "InputSpec":
-        """For a module of your own: crops of `size` pixels, cut from images of 256/224 of it."""
+        """For a module of your own: crops of `size` pixels from images whose shorter side is 256/224 times as long."""
         return cls(size, round(size * 256 / 224), **values)
 
     def decode(self, path_or_file: Any) -> Tensor:
-        """An image file with the channels and the depth of what the model takes; takes and raises the same as `decode`.
+        """Decode an image file with the channels and the depth that the model takes; see `images.decode`.
 
         Raises:
+            DataError: the file cannot be read.
             UsageError: the model takes pixels that no file has.
         """
         if self.max_value < 255:
@@ -57,67 +59,51 @@ class InputSpec:
         return decode(path_or_file, channels=len(self.mean), depth=8 if self.max_value == 255 else 16)
 
     def train_transform(self, augment: str) -> Callable[[Tensor], Tensor]:
-        """See the function of this name."""
-        return train_transform(augment, size=self.size, resize=self.resize, interpolation=self.interpolation)
+        """The transform of training images: `[..., C, H, W]` to `[..., C, size, size]`, of the same dtype.
+
+        All leading dimensions have the same random crop, so the two images of a pair stay aligned.
+
+        Args:
+            augment: "none": as `eval_transform`; "flip": also mirrors every second image; "crop": a random crop of 8 to
+                100 % of the area with sides from 3:4 to 4:3 (`resize` is not used), mirrored every second time; "auto",
+                the setting if nobody has chosen, is "crop".
+
+        Raises:
+            UsageError: another `augment`.
+        """
+        if augment == "none":
+            return self.eval_transform()
+        if augment == "flip":
+            return v2.Compose([self.eval_transform(), v2.RandomHorizontalFlip()])
+        if augment in ("crop", "auto"):
+            crop = v2.RandomResizedCrop(self.size, interpolation=InterpolationMode(self.interpolation), antialias=True)
+            return v2.Compose([crop, v2.RandomHorizontalFlip()])
+        raise UsageError(f"augment is {augment!r}; expected one of {', '.join(AUGMENTATIONS)}.")
 
     def eval_transform(self) -> Callable[[Tensor], Tensor]:
-        """See the function of this name."""
-        return eval_transform(size=self.size, resize=self.resize, interpolation=self.interpolation)
+        """Resize the shorter side to `resize` pixels, then cut the centre: `[..., C, H, W]` to `[..., C, size, size]`.
+
+        The values differ by at most 1 of 255 from those of torchvision's presets on a Pillow image. (On a tensor the
+        presets resize in float, which takes eight times as long.) Of an image more than 100 times as long as wide only
+        the central part is resized.
+        """
+        shrink = v2.Resize(self.resize, interpolation=InterpolationMode(self.interpolation), antialias=True)
+        return v2.Compose([_Shorten(), shrink, v2.CenterCrop(self.size)])
 
     def normalize(self, device: torch.device | str | None = None) -> "Normalize":
-        """The normalisation, on a device."""
+        """The normalisation for this model, on a device (None: the CPU)."""
         return Normalize(self.mean, self.std, max_value=self.max_value).to(device)
 
 
-def train_transform(
-    augment: str, *, size: int, resize: int, interpolation: str = "bilinear"
-) -> Callable[[Tensor], Tensor]:
-    """The transform of training images: `[..., C, H, W]` to `[..., C, size, size]`, of the same dtype.
-
-    All leading dimensions get the same random crop: the two images of a pair stay aligned.
-
-    Args:
-        augment: "none" for the evaluation transform; "flip" adds a horizontal flip of every second image; "crop" is a
-            random crop of 8 to 100 % of the area, sides 3:4 to 4:3, with such a flip (`resize` is not used). "auto",
-            where nobody has chosen, is "crop".
-        size: side of the crop, pixels.
-        resize: shorter side before the centre crop, pixels.
-        interpolation: "bilinear" or "bicubic".
-
-    Raises:
-        UsageError: another `augment`.
-    """
-    plain = eval_transform(size=size, resize=resize, interpolation=interpolation)
-    if augment == "none":
-        return plain
-    if augment == "flip":
-        return v2.Compose([plain, v2.RandomHorizontalFlip()])
-    if augment in ("crop", "auto"):
-        crop = v2.RandomResizedCrop(size, interpolation=InterpolationMode(interpolation), antialias=True)
-        return v2.Compose([crop, v2.RandomHorizontalFlip()])
-    raise UsageError(f"augment is {augment!r}: expected one of {', '.join(AUGMENTATIONS)}")
-
-
-def eval_transform(*, size: int, resize: int, interpolation: str = "bilinear") -> Callable[[Tensor], Tensor]:
-    """Shorter side to `resize` pixels, then the central `size` x `size`: `[..., C, H, W]` to `[..., C, size, size]`.
-
-    The values are those of torchvision's presets on a Pillow image, or 1 of 255 beside them. (On a tensor the presets
-    resize in float, which takes eight times as long.) Of an image more than 100 times as long as wide only the central
-    part is resized.
-    """
-    shrink = v2.Resize(resize, interpolation=InterpolationMode(interpolation), antialias=True)
-    return v2.Compose([_Shorten(), shrink, v2.CenterCrop(size)])
-
-
 def is_random(transform: Callable[[Tensor], Tensor], *images: Tensor) -> bool:
-    """Whether a transform makes something else of the same image each time.
+    """Whether a transform depends on random numbers.
 
-    It is applied twice to each image, under two random keys. It is random if the results differ, or if it has drawn
-    from `random`, `numpy.random` or torch's CPU generator: a rare event, such as one flip in a thousand, counts too.
+    The transform is applied to each image with two seeds. It is random if the results differ, or if it has drawn from
+    `random`, `numpy.random` or torch's CPU generator, so a rare event such as one flip in a thousand is found too.
 
     Args:
         transform: of one image.
-        images: a few, `[..., C, H, W]`.
+        images: a few images, `[..., C, H, W]`.
     """
     with kept_randomness():
         for image in images:
@@ -190,15 +176,16 @@ def check_pixels(name: str, image: Tensor, transform: Callable[[Tensor], Tensor]
 
 
 class Normalize(nn.Module):
-    """Images to float32 on their device: (x / max_value - mean) / std per channel.
+    """Images to float32, normalised per channel: (x / max_value - mean) / std.
 
-    `[B, C, H, W]` (or any other leading dimensions) of any dtype, to the same shape. One multiply-add; its constants
-    are not in state dicts. The result is in channels_last format, and so is all that convolutions make of it, in the
-    trunk and in the tail.
+    Takes `[B, C, H, W]`, or any other leading dimensions, of any dtype, and returns the same shape on the same device,
+    in channels_last format, which the convolutions of trunk and tail keep. One multiply-add per value; its constants
+    are not in state dicts.
 
     Args:
-        mean, std: one number per channel, for pixels from 0 to 1.
-        max_value: the value of a pixel that counts as 1.
+        mean: one number per channel, for pixel values from 0 to 1.
+        std: one number per channel, in the same unit.
+        max_value: the pixel value that counts as 1.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], *, max_value: float = 255):
@@ -208,31 +195,31 @@ class Normalize(nn.Module):
         self.register_buffer("shift", (-centre / width).float(), persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
-        if images.ndim != 4:  # views, pairs, or one image
+        if images.ndim != 4:  # views, pairs or a single image
             leading = images.shape[:-3]
             return self(images.reshape(-1, *images.shape[-3:])).reshape(*leading, *images.shape[-3:])
         width, channels = images.shape[3], images.shape[1]
-        rows = images.permute(0, 2, 3, 1).flatten(2)  # [B, H, W·C]: long rows, to be fast
+        rows = images.permute(0, 2, 3, 1).flatten(2)  # [B, H, W·C]: long rows are faster
         scale, shift = (self.get_buffer(name).flatten().repeat(width) for name in ("scale", "shift"))
         rows = rows.to(torch.float32, copy=True)
-        torch.addcmul(shift, rows, scale, out=rows)  # in place: new memory takes longer than the arithmetic
+        torch.addcmul(shift, rows, scale, out=rows)  # in place, because new memory takes longer than the arithmetic
         return rows.unflatten(2, (width, channels)).permute(0, 3, 1, 2)
 
 
 class _Shorten(nn.Module):
-    """The central part of an image that is more than `LONGEST` times as long as wide; any other as it is."""
+    """Cuts an image to its central part if it is more than `LONGEST` times as long as wide."""
 
     def forward(self, image: Tensor) -> Tensor:
         height, width = image.shape[-2:]
         longest = LONGEST * min(height, width)
         for axis, length in ((-2, height), (-1, width)):
             if length > longest:
-                kept = longest + (length - longest) % 2  # the centre stays the centre, to half a pixel
+                kept = longest + (length - longest) % 2  # keeps the centre where it is, to half a pixel
                 image = image.narrow(axis, (length - kept) // 2, kept)
         return image
 
 
 def _generators() -> tuple[object, ...]:
-    """The state of the random generators that a transform may use, to be compared."""
+    """The states of the random generators that a transform may use, as values that can be compared."""
     _, words, *rest = np.random.get_state(legacy=True)
     return random.getstate(), (np.asarray(words).tobytes(), *rest), torch.get_rng_state().numpy().tobytes()
