@@ -128,7 +128,7 @@ def test_lines_of_json(digits_run, images, tmp_path, capsys):
     assert out.count("  unsure  ") == 2
     predict(Predict((str(images / "1.JPG"),), str(digits_run), jsonl=str(tmp_path / "x"), csv=str(tmp_path / "new")))
     out = capsys.readouterr().out
-    assert "x: 1 lines, in place of the file that was there" in out
+    assert "x: 1 line, in place of the file that was there" in out
     assert out.count("in place of") == 1
 
 

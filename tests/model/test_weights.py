@@ -854,7 +854,7 @@ def test_a_choice_that_fits_nothing_changes_nothing(net, tmp_path, match, says):
 @pytest.mark.parametrize(
     ("match", "says"),
     [
-        (WeightsConfig(weights_rename=("a",)), "--weights-rename has 1 names; expected pairs"),
+        (WeightsConfig(weights_rename=("a",)), "--weights-rename has 1 name; expected pairs"),
         (WeightsConfig(weights_match="size"), "--weights-match is 'size'; expected exact or shape"),
     ],
 )

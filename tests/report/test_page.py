@@ -197,7 +197,7 @@ def test_typical_images():
             r"labels of shape \(2,\) and logits of shape \(1, 2\)",
         ),
         ({"labels": [0], "logits": [[0.0]]}, UsageError, "for 2 classes"),
-        ({"labels": [0], "logits": [[0.0, 1.0]], "names": ["a", "b"]}, UsageError, "2 names for 1 images"),
+        ({"labels": [0], "logits": [[0.0, 1.0]], "names": ["a", "b"]}, UsageError, "2 names for 1 image:"),
         ({"labels": [0], "logits": [[0.0, 1.0]], "features": np.zeros(1)}, UsageError, "features of shape"),
         ({"labels": [2], "logits": [[0.0, 1.0]], "names": ["a.jpg"]}, DataError, "a.jpg has label 2: expected 0 to 1"),
         (
@@ -214,7 +214,7 @@ def test_facts_that_do_not_fit(facts, error, words):
 
 
 def test_a_row_that_does_not_fit_its_table():
-    with pytest.raises(UsageError, match="a row has 1 values: expected one for each of 2 columns"):
+    with pytest.raises(UsageError, match="a row has 1 value, and there are 2 columns"):
         Table(["a", "b"], [[1]])
 
 

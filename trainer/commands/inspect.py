@@ -17,7 +17,7 @@ from trainer.commands import loaded as loading
 from trainer.commands import tensors
 from trainer.commands.arguments import Inspect
 from trainer.commands.diff import difference, difference_text
-from trainer.commands.text import columns, listed, number, shape, short_number, shorten, table
+from trainer.commands.text import columns, number, shape, shorten, table
 from trainer.config import WeightsConfig, from_dict
 from trainer.errors import UsageError, first_sentence
 from trainer.model.classifiers import Classifier, build_model, input_spec, model_names
@@ -26,6 +26,7 @@ from trainer.model.restoring import NO_BASE
 from trainer.model.split import split_model
 from trainer.model.weights import find_enum
 from trainer.recipes import load_recipe
+from trainer.text import counted, listed, short
 
 _SHOWN = ("epoch", "step", "samples", "metrics", "classes", "base", "freeze_plan", "config", "compute")
 _OTHER = "not at hand: give --recipe FILE, as in training (trainer/recipe.py builds one with other tensors)"
@@ -163,7 +164,7 @@ def _text(report: dict[str, Any], command: Inspect, pattern: re.Pattern[str]) ->
         lines += _table(rows, depth=None if command.grep else command.depth)
     total = report["total"]
     lines += ["", *_wrapped("model", f"{report['model']} at {report['image_size']} px, head {listed(report['head'])}")]
-    lines += _wrapped("total", f"{total['parameters']:,} parameters, {total['bytes']:,} bytes with buffers")
+    lines += _wrapped("total", f"{counted(total['parameters'], 'parameter')}, {total['bytes']:,} bytes with buffers")
     lines += _wrapped("", f"{total['multiply_adds']:,} multiply-adds an image")
     return "\n".join([*lines, *_wrapped("train", report["train"]), *_wrapped("split", report["split"])])
 
@@ -173,10 +174,10 @@ def _wrapped(title: str, text: str) -> list[str]:
 
 
 def _checkpoint(report: dict[str, Any]) -> list[str]:
-    size = f"{short_number(report['bytes'])}B"
+    size = short(report["bytes"], "B")
     lines = _wrapped("file", f"{report['path']}: {size}, epoch {report['epoch']}, step {report['step']}")
     values = sum(torch.Size(row["shape"]).numel() for row in report["holds"])
-    lines += _wrapped("holds", f"{len(report['holds'])} tensors, {values:,} values")
+    lines += _wrapped("holds", f"{counted(len(report['holds']), 'tensor')}, {counted(values, 'value')}")
     for part, metrics in report["metrics"].items():
         lines += _wrapped(part, ", ".join(f"{name} {number(value)}" for name, value in metrics.items()))
     lines += _wrapped("classes", f"{len(report['classes'])}: {listed(report['classes'])}")
@@ -195,7 +196,7 @@ def _table(rows: list[Row], *, depth: int | None) -> list[str]:
             continue
         label = row["name"] if depth is None else ("  " * len(parts) + "".join(parts[-1:]))
         label = f"{shorten(label, width)} {row['type']}"[:width].rstrip()
-        counts = [short_number(row[name]) for name in ("parameters", "bytes", "multiply_adds")]
+        counts = [short(row[name]) for name in ("parameters", "bytes", "multiply_adds")]
         cells.append(
             (
                 label,

@@ -4,7 +4,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from trainer.commands.loaded import MERGED
-from trainer.commands.text import listed, number
+from trainer.commands.text import number
+from trainer.text import listed
 
 _TEXTS = Path(__file__).with_name("model_card.md")  # each after a line with its name: @@ NAME
 
@@ -25,7 +26,7 @@ def model_card(about: dict[str, Any], name: str) -> str:
     shape = f"float [B, {len(values['mean'])}, {values['size']}, {values['size']}]"
     values["images"] = "uint8 [B, 3, H, W], of any size" if about["preprocessing"] else shape
     values["arguments"] = "".join(f", {key}={value!r}" for key, value in builder.items())
-    values["classes"] = listed(classes, most=50)
+    values["classes"] = listed(classes, 50)
     validation = sorted(about["metrics"].get("val", {}).items())
     values["val"] = ", ".join(f"{key} {number(value)}" for key, value in validation)
     values["base"] = " ".join(f"{key} {public(value)}" for key, value in about["base"].items())

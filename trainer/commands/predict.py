@@ -26,6 +26,7 @@ from trainer.errors import DataError, UsageError, check_least, first_sentence
 from trainer.processes.cores import cores_here
 from trainer.processes.startup import start
 from trainer.processes.together import gather, main_first, on_main
+from trainer.text import counted
 
 _UNSURE = "unsure"  # in the text, and the folder of `--copy-to`
 
@@ -93,15 +94,15 @@ def predict(command: Predict) -> None:
                 tqdm.write(json.dumps(row), file=lines)
                 lines.flush()
     if csv_file:
-        print(f"{command.csv}: {len(rows):,} rows{output.write(csv_file, output.as_csv(rows))}", file=console)
+        print(f"{command.csv}: {counted(len(rows), 'row')}{output.write(csv_file, output.as_csv(rows))}", file=console)
     if lines_file:
-        print(f"{command.jsonl}: {len(found):,} lines{note}", file=console)
+        print(f"{command.jsonl}: {counted(len(found), 'line')}{note}", file=console)
     if command.copy_to:
         new = f", {copies[True]:,} of them under a new name" * (copies[True] > 0)
-        print(f"{command.copy_to}: {copies.total():,} images copied{new}", file=console)
+        print(f"{command.copy_to}: {counted(copies.total(), 'image')} copied{new}", file=console)
     if problems:
         listed = "\n  ".join(problems)
-        raise DataError(f"{len(problems):,} of {len(found):,} files could not be read:\n  {listed}")
+        raise DataError(f"{len(problems):,} of {counted(len(found), 'file')} could not be read:\n  {listed}")
 
 
 def _value(row: dict[str, Any], name: str, option: str) -> Any:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from trainer.commands.text import columns, shorten, table
+from trainer.text import counted
 
 _MEANS = (("precision", "precision"), ("recall", "recall"), ("F1", "f1"))
 _COUNTS = ("samples", "predicted")
@@ -24,7 +25,7 @@ def summary(result: dict[str, Any], about: dict[str, Any], *, note: str, fits: b
     """
     scores = result.get("scores", {})
     lines = [f"{result['checkpoint']}: epoch {result['epoch']}, step {result['step']}"]
-    lines += [f"{result['data']}: {result['samples']:,} image{'s' * (result['samples'] > 1)}"]
+    lines += [f"{result['data']}: {counted(result['samples'], 'image')}"]
     lines += [f"note    {note}"] * bool(note)
     if "low_95" in scores:
         lines.append(f"\naccuracy           {_share(scores['accuracy'])}  ({_interval(scores)}, 95 % Wilson interval)")

@@ -1,4 +1,4 @@
-"""Numbers, lists and tables as text."""
+"""Numbers, shapes and tables as text."""
 
 import shutil
 from collections.abc import Iterable, Sequence
@@ -18,21 +18,6 @@ def columns() -> int:
 def number(value: object) -> str:
     """Integers in full, other numbers with four decimals, anything else as it is."""
     return f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
-def short_number(value: float) -> str:
-    """Three digits and a unit: 11.2M."""
-    for unit in ("", "k", "M", "G"):
-        if value < 999.5:
-            return f"{value:.3g}{unit}"
-        value /= 1000
-    return f"{value:.3g}T"
-
-
-def listed(names: Iterable[object], *, most: int = 20) -> str:
-    """The first names of a list, separated by commas."""
-    names = list(names)
-    return ", ".join(map(str, names[:most])) + ", …" * (len(names) > most)
 
 
 def shape(sizes: Iterable[int]) -> str:

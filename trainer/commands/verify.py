@@ -9,6 +9,7 @@ from trainer.errors import CheckpointError
 from trainer.model.restoring import NO_BASE
 from trainer.recipes import Recipe, load_recipe
 from trainer.storage import checkpoint, files
+from trainer.text import counted
 
 
 def verify(command: Verify) -> None:
@@ -53,7 +54,7 @@ def _verified(file: Path, weights: str | None, recipe: Recipe) -> str:
     if missing := set(trained) - about["model"].keys():
         raise CheckpointError(f"{file}: it lacks {', '.join(sorted(missing))}, which train.")
     base = f"base as fingerprinted ({frozen})" if _load(file, weights, recipe) else NO_BASE
-    return f"epoch {about['epoch']}, step {about['step']}; {len(trained)} parameters; {base}"
+    return f"epoch {about['epoch']}, step {about['step']}; {counted(len(trained), 'parameter')}; {base}"
 
 
 def _load(file: Path, weights: str | None, recipe: Recipe) -> bool:

@@ -11,6 +11,7 @@ from trainer.data.loader import outlast_signals
 from trainer.errors import DataError
 from trainer.processes.together import gather, raise_together
 from trainer.processes.workers import batches
+from trainer.text import counted
 
 log = logging.getLogger(__name__)
 
@@ -42,11 +43,11 @@ def check_images(
         parts, skip = [without(images, keys) for images, keys in zip(parts, known, strict=True)], False
     bad = _unreadable(accelerator, parts, workers=workers, timeout=timeout) if check or skip else []
     if bad and not skip:
-        listed = "\n  ".join(reason for _, _, reason in bad)
+        reasons = "\n  ".join(reason for _, _, reason in bad)
         ways = "Repair or remove them, or leave them out with --bad-images skip."
         if known is not None:  # it goes on with the images it had, no more and no fewer
             ways = "The run had them: put them back as they were, or start a new run with its checkpoint as --weights."
-        raise DataError(f"{len(bad)} image{'s' * (len(bad) > 1)} cannot be read:\n  {listed}\n{ways}")
+        raise DataError(f"{counted(len(bad), 'image')} cannot be read:\n  {reasons}\n{ways}")
     found = [[] for _ in parts]
     for part, index, reason in bad:
         if accelerator.is_main_process:

@@ -8,18 +8,9 @@ from collections import Counter, defaultdict, deque
 import numpy as np
 from torch import Tensor
 
-from trainer.data.images import (
-    EXTENSIONS,
-    REMEDIES,
-    Images,
-    blame,
-    counted,
-    decode,
-    left_by_programs,
-    listed,
-    printable,
-)
+from trainer.data.images import EXTENSIONS, REMEDIES, Images, blame, decode, left_by_programs, printable
 from trainer.errors import DataError
+from trainer.text import counted, listed
 
 # Said of validation images that are the test images.
 CHOSEN_ON_TEST = ", on which the best epoch is chosen: its accuracy there is better than on images never seen"

@@ -292,14 +292,3 @@ def printable(path: Any) -> str:
     """A path or name for messages; bytes that are not UTF-8, newlines and the like are escaped."""
     text = os.fsencode(os.fspath(path)).decode("utf-8", "backslashreplace")
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def counted(number: int, noun: str) -> str:
-    """A number with its noun: "1 image", "2 images", "1,000 images"."""
-    return f"{number:,} {noun}" + "s" * (number != 1)
-
-
-def listed(names: Iterable[str], limit: int = 20) -> str:
-    """Names, separated by commas; the first `limit` of many, and how many there are."""
-    names = list(names)
-    return ", ".join(names[:limit]) + (f", ... ({len(names)} in all)" if len(names) > limit else "")

@@ -19,11 +19,12 @@ from trainer.data.bad_images import check_images
 from trainer.data.content import Content, content, differing
 from trainer.data.datasets import TORCHVISION, Digits, load_torchvision
 from trainer.data.folders import load_folder
-from trainer.data.images import Images, Subset, counted, listed, printable
+from trainer.data.images import Images, Subset, printable
 from trainer.data.loader import KeyedDataset, Workers
 from trainer.data.transforms import InputSpec, check_pixels, is_random
 from trainer.errors import DataError, UsageError
 from trainer.processes.together import assert_same, gather, main_first, on_each_machine
+from trainer.text import counted, listed
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Data:
         origin = f" ({self.origin})" if self.origin else ""
         text = f"{self.name}: {len(self.train):,} training, {len(self.val):,} validation images{origin}"
         if self.classes:
-            text += f", {len(self.classes):,} class{'es' * (len(self.classes) != 1)}"
+            text += f", {counted(len(self.classes), 'class')}"
         elif isinstance(self.train.labels, Tensor):
             shape = "×".join(map(str, self.train.labels.shape[1:]))
             text += f", labels of {shape} values" if shape else ", one value per label"

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from trainer.errors import UsageError
+from trainer.text import counted
 
 # One request to a dataset: an image, and the epoch its augmentation is drawn for.
 Request = tuple[int, int]  # (epoch, index)
@@ -102,8 +103,8 @@ class BatchPlan:
             near = sorted({max(batch // unit, 1) * unit, (batch // unit + 1) * unit})
             advice += f"{'; ' if advice else ''}with micro_batch {micro_batch}, batch_size can be "
             raise UsageError(
-                f"batch_size {batch} is not micro_batch {micro_batch} × {ranks} processes × a whole number; "
-                f"{advice}{' or '.join(map(str, near))}."
+                f"batch_size {batch} is not micro_batch {micro_batch} × {counted(ranks, 'process')} × a whole "
+                f"number; {advice}{' or '.join(map(str, near))}."
             )
         if samples < ranks:
             few = f"{samples} training image{'s are' if samples != 1 else ' is'} too few"
@@ -130,11 +131,10 @@ class BatchPlan:
     def __str__(self) -> str:
         last = self.samples % self.batch_size
         return (
-            f"batch {self.batch_size} = micro-batch {self.micro_batch} × {self.processes} "
-            f"process{'es' if self.processes > 1 else ''} × accumulation {self.accumulation}; "
-            f"{self.samples:,} image{'s' * (self.samples != 1)} = "
-            f"{self.steps_per_epoch:,} step{'s' * (self.steps_per_epoch != 1)} an epoch"
-            + (f" (the last of {last} image{'s' * (last > 1)})" if last else "")
+            f"batch {self.batch_size} = micro-batch {self.micro_batch} × {counted(self.processes, 'process')} "
+            f"× accumulation {self.accumulation}; {counted(self.samples, 'image')} = "
+            f"{counted(self.steps_per_epoch, 'step')} an epoch"
+            + (f" (the last of {counted(last, 'image')})" if last else "")
         )
 
     def windows(self, *, seed: int, epoch: int, start: int = 0) -> Iterator[list[int]]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.errors import DataError
+from trainer.text import counted
 
 _LOWEST, _HIGHEST = -8.0, 1.0  # powers of ten, of the largest eigenvalue
 _COLUMNS = 2500  # predictions of one sample: 50 strengths for up to 50 classes, at least 5 for more
@@ -55,7 +56,7 @@ def ridge(features: Tensor, labels: Tensor, *, classes: int, strengths: Tensor |
         DataError: fewer than two samples, or a feature that is not finite.
     """
     if len(features) < 2:
-        raise DataError(f"ridge regression was given {len(features)} samples; expected at least 2.")
+        raise DataError(f"ridge regression was given {counted(len(features), 'sample')}; expected at least 2.")
     if features.device.type == "mps":  # it has no float64
         features, labels = features.cpu(), labels.cpu()
     y = F.one_hot(labels, classes).double()

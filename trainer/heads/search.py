@@ -23,6 +23,7 @@ from trainer.heads.grid import Course, HeadSetting, Trained, default_settings, f
 from trainer.heads.knn import knn_accuracy
 from trainer.heads.ridge import ridge
 from trainer.heads.stack import Inputs, without_dropout
+from trainer.text import counted
 
 _MOST = 10_000  # samples of ridge regression and nearest neighbours: they are for orientation
 
@@ -63,12 +64,12 @@ class Choice:
 
     def __str__(self) -> str:
         chosen = self.setting
-        parts = [f"lr {chosen.lr:.3g}", f"weight decay {chosen.weight_decay:.3g}", f"{chosen.epochs} epochs"]
+        parts = [f"lr {chosen.lr:.3g}", f"weight decay {chosen.weight_decay:.3g}", counted(chosen.epochs, "epoch")]
         parts += [f"label smoothing {chosen.label_smoothing:g}"] * (chosen.label_smoothing > 0)
         return (
-            f"{', '.join(parts)}: {self.accuracy:.1%} of held-out samples right ({len(self.table)} settings in "
-            f"{self.folds} folds: {self.worst:.1%} to {self.best:.1%}, median {self.median:.1%}; "
-            f"ridge {self.ridge:.1%}, nearest neighbours {self.knn:.1%})"
+            f"{', '.join(parts)}: {self.accuracy:.1%} of held-out samples right ("
+            f"{counted(len(self.table), 'setting')} in {self.folds} folds: {self.worst:.1%} to "
+            f"{self.best:.1%}, median {self.median:.1%}; ridge {self.ridge:.1%}, nearest neighbours {self.knn:.1%})"
         )
 
 

@@ -28,6 +28,7 @@ from trainer.model.restoring import restore
 from trainer.model.weights import Report, fetch_weights, find_enum, load_backbone_state
 from trainer.model.weights_filter import to_stored
 from trainer.storage import checkpoint
+from trainer.text import counted
 
 _BUILT_CLASSES = 1000  # outputs of every torchvision model by default; the layer with so many outputs is its head
 _NAMED = {
@@ -237,7 +238,7 @@ def _construct(model: str, size: int, pretrained: bool) -> nn.Module:
     except (AssertionError, ValueError) as error:
         if not _has_built_in_size(model):
             raise
-        raise UsageError(f"{model} cannot be built for images of {size} pixels: {error}") from error
+        raise UsageError(f"{model} cannot be built for images of {counted(size, 'pixel')}: {error}") from error
 
 
 def _module_input(model: nn.Module, image_size: int | None) -> InputSpec:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.errors import UsageError
+from trainer.text import counted
 
 _SECONDS = 10.0
 
@@ -42,8 +43,8 @@ def _run(expression: str, replacement: str | None, names: list[str]) -> list:
         done = subprocess.run(command, input=task, capture_output=True, text=True, timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         raise UsageError(
-            f"the regular expression {expression!r} takes more than {_SECONDS:g} s to match {len(names)} names: "
-            "simplify it, for example without a repetition inside of a repetition."
+            f"the regular expression {expression!r} takes more than {_SECONDS:g} s to match "
+            f"{counted(len(names), 'name')}: simplify it, for example without a repetition inside of a repetition."
         ) from None
     if done.returncode:
         raise RuntimeError(f"matching {expression!r} failed with {done.returncode}: {done.stderr[-500:]}")

@@ -21,6 +21,7 @@ from torchvision.ops import StochasticDepth
 
 from trainer.errors import UsageError
 from trainer.model.freezing import is_frozen, lock_eval
+from trainer.text import counted
 
 _RANDOM = (nn.modules.dropout._DropoutNd, nn.RReLU, StochasticDepth)
 
@@ -55,7 +56,7 @@ class Split:
         if not self.has_trunk:
             return "uncut: nothing is frozen before the first trainable parameter"
         size = sum(parameter.numel() for parameter in self.trunk.parameters())
-        return f"cut before {self.before}: {size:,} parameters are frozen in the trunk"
+        return f"cut before {self.before}: {counted(size, 'parameter')} in the frozen trunk"
 
 
 class Uncut(nn.Module):

@@ -11,6 +11,7 @@ from trainer.config import WeightsConfig
 from trainer.errors import UsageError
 from trainer.model import expressions, patterns
 from trainer.model.freezing import children
+from trainer.text import counted
 
 # The names in checkpoints of version 0.1.
 _FORMER = {"by": "weights_match", "but": "weights_except"} | {
@@ -43,7 +44,7 @@ def check_choice(config: WeightsConfig, file: Path) -> None:
     if config.weights_match not in ("exact", "shape"):
         raise UsageError(f"--weights-match is {config.weights_match!r}; expected exact or shape.")
     if count := len(config.weights_rename) % 2 * len(config.weights_rename):
-        raise UsageError(f"--weights-rename has {count} names; expected pairs: OLD NEW, OLD NEW, ...")
+        raise UsageError(f"--weights-rename has {counted(count, 'name')}; expected pairs: OLD NEW, OLD NEW, ...")
     if config.weights_first is not None and file.suffix == ".safetensors":
         raise UsageError(f"--weights-first: {file} keeps its tensors by name, in no order; use --weights-only instead.")
 

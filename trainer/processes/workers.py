@@ -69,7 +69,7 @@ class _Patience:
             yield
         except Exception as error:
             if self.over:
-                raise RuntimeError(f"DataLoader timed out after {self.timeout:g} seconds") from error
+                raise RuntimeError(f"DataLoader timed out after {self.timeout:g} s") from error
             # A worker that dies while it hands over the memory of a batch ends as an error of the connection.
             broken = isinstance(error, ConnectionError | EOFError | FileNotFoundError)
             if broken or (isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")):

@@ -10,6 +10,7 @@ from trainer.report.facts import Facts
 from trainer.report.page import flat
 from trainer.report.pictures import Pictures
 from trainer.report.shell import document, duration, number, percent, sections, table, text
+from trainer.text import counted
 
 _CARDS = 12  # images that changed sides, each way
 _BUDGET = 3_000_000  # bytes of HTML for the thumbnails of all runs
@@ -93,7 +94,7 @@ def _sides(runs: tuple[Facts, Facts], given: tuple[Answers, Answers], *, budget:
     both, neither = int((before & after).sum()), int((~before & ~after).sum())
     verdict = "chance alone hardly explains this" if chance < 0.05 else "chance alone could explain this"
     summary = (
-        f"Of {len(before):,} images in common, both classify {both:,} correctly and neither {neither:,}. Of "
+        f"Of {counted(len(before), 'image')} in common, both classify {both:,} correctly and neither {neither:,}. Of "
         f"the rest, {gained:,} became right and {lost:,} became wrong; {verdict} (McNemar's exact test: "
         f"p = {chance:.3g})."
     )

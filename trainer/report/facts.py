@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from trainer.errors import DataError, UsageError
+from trainer.text import counted
 
 Array = Any  # np.ndarray or torch.Tensor
 
@@ -30,7 +31,9 @@ class Table:
     def __post_init__(self):
         for row in self.rows:
             if len(row) != len(self.columns):
-                raise UsageError(f"a row has {len(row)} values: expected one for each of {len(self.columns)} columns.")
+                raise UsageError(
+                    f"a row has {counted(len(row), 'value')}, and there are {counted(len(self.columns), 'column')}."
+                )
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,13 @@ class Facts:
                 "classes: expected labels [N] and logits [N, C]."
             )
         if self.names and len(self.names) != images:
-            raise UsageError(f"{len(self.names)} names for {images} images: expected one for each, or none.")
+            raise UsageError(
+                f"{counted(len(self.names), 'name')} for {counted(images, 'image')}: expected one for each, or none."
+            )
         if self.features is not None and (self.features.ndim != 2 or len(self.features) != images):
-            raise UsageError(f"features of shape {self.features.shape} for {images} images: expected [N, D].")
+            raise UsageError(
+                f"features of shape {self.features.shape} for {counted(images, 'image')}: expected [N, D]."
+            )
         if not images:
             raise DataError("there are no validation images: a report needs one at least.")
         wrong = np.flatnonzero((self.labels < 0) | (self.labels >= len(self.classes)))

@@ -11,6 +11,7 @@ from trainer.report.facts import Facts
 from trainer.report.matrix import matrices, worst_pairs
 from trainer.report.pictures import Pictures, gallery
 from trainer.report.shell import document, duration, folded, number, percent, sections, table, text
+from trainer.text import counted
 
 _PAIRS, _NAMES = 15, 12  # to show at most
 _ROWS = 30  # of a table, beyond which it is folded
@@ -197,7 +198,9 @@ def _audit(facts: Facts) -> str:
 
 def _settings(facts: Facts) -> str:
     rows = list(flat(facts.settings))
-    return folded(f"{len(rows)} settings", table(["setting", "value"], rows), fold=len(rows) > _ROWS) if rows else ""
+    return (
+        folded(counted(len(rows), "setting"), table(["setting", "value"], rows), fold=len(rows) > _ROWS) if rows else ""
+    )
 
 
 def _repeat(facts: Facts) -> str:

@@ -20,6 +20,7 @@ from trainer.processes.identity import Identity
 from trainer.processes.together import on_main, print_main
 from trainer.run.folder import ROOT, Run, check_writable, choose, holds_run, numbered
 from trainer.storage import checkpoint
+from trainer.text import counted
 
 # What a resumed run must share with the run that it continues.
 _OVERRIDABLE = ("augment", "views", "image_size", "batch_size", "seed")  # the checkpoint would refuse the others
@@ -140,7 +141,7 @@ def _resumed(config: Config, state: checkpoint.State, source: Path | None) -> Co
             )
         print_main(f"resume: {name}: {was[name]} → {now[name]}")
     if "epochs" in again and now["epochs"] != was["epochs"] and now["schedule"] != "constant":
-        print_main(f"        the {now['schedule']} schedule is stretched over {now['epochs']} epochs")
+        print_main(f"        the {now['schedule']} schedule is stretched over {counted(now['epochs'], 'epoch')}")
     return new
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trainer.model.freezing import digest
 from trainer.processes.cores import has_bf16
 from trainer.processes.together import gather, on_main
+from trainer.text import counted
 from trainer.trunk.fusion import folded_copy, fuse_convolutions
 
 # How far the features may be from those of the plain trunk, as a share of their 2-norm: bf16 has 8 bits, and every
@@ -148,11 +149,11 @@ class FastTrunk(nn.Module):
         """A faster copy of the trunk; how many convolutions are fused, 0 without a sample; what is done to it."""
         module, folded = folded_copy(self._plain[0])
         module.to(dtype).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]  # the stubs lack it
-        fused, what = 0, [f"{folded} BatchNorms folded"]
+        fused, what = 0, [f"{counted(folded, 'BatchNorm')} folded"]
         if sample is not None:
             with torch.no_grad():
                 fused = fuse_convolutions(module, sample.to(dtype, memory_format=torch.channels_last))
-            what.append(f"{fused} convolutions fused with what follows")
+            what.append(f"{counted(fused, 'convolution')} fused with what follows")
         return module, fused, ", ".join([*what, "channels last", str(dtype).removeprefix("torch.")])
 
     def _time(self, sample: Tensor, repeats: int = 2) -> float:

@@ -31,6 +31,7 @@ from trainer.model.freezing import digest
 from trainer.model.split import Uncut
 from trainer.processes.together import gather, on_each_machine, on_main, print_main
 from trainer.steps import Batch
+from trainer.text import counted
 from trainer.trunk import cache
 from trainer.trunk.fast import FastTrunk
 from trainer.trunk.plan import FeaturePlan, Part, bytes_per_image
@@ -216,7 +217,7 @@ class Features:
             return CachedFeatures(self._compute(computed, like, between), labels, self.batch)
         entry = self._entry(computed)
         if all(gather(accelerator, not accelerator.is_local_main_process or entry.is_good())):
-            print_main(f"        {len(computed) * views:,} features found in {entry.path}")
+            print_main(f"        {counted(len(computed) * views, 'feature')} found in {entry.path}")
         else:
             try:
                 on_each_machine(accelerator, entry.reserve)

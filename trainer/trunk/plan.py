@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from trainer.text import short
+
 
 @dataclass(frozen=True)
 class Part:
@@ -72,7 +74,7 @@ class FeaturePlan:
         if not self.trunk:
             return "plan    nothing is frozen before the first layer that trains: every image goes through the model"
         shapes = " + ".join("×".join(map(str, shape)) for shape in self.shapes)
-        lines = [f"features of {shapes}, {bytes_text(self.size)} an image", *map(self._line, self.parts)]
+        lines = [f"features of {shapes}, {short(self.size, 'B')} an image", *map(self._line, self.parts)]
         once, each = self.seconds
         times = [f"about {time_text(once)} once"] * (once > 0) + [f"about {time_text(each)} an epoch"] * (each > 0)
         text = f"plan    {'; '.join(lines)}: {' and '.join(times) or 'nothing to compute'} (trunk {self.trunk})"
@@ -84,7 +86,7 @@ class FeaturePlan:
         where = "in memory" if part.place == "memory" else f"in {self.folder}"
         views = part.views or 1
         line = (
-            f"{part.name} {'found' if part.found else 'kept'} {where} ({bytes_text(part.images * views * self.size)})"
+            f"{part.name} {'found' if part.found else 'kept'} {where} ({short(part.images * views * self.size, 'B')})"
         )
         if views > 1:
             return f"{line}, {views} views: epoch {views + 1} sees the images of epoch 1 again"
@@ -108,15 +110,6 @@ class FeaturePlan:
 def bytes_per_image(rows: Sequence[tuple[torch.Size, torch.dtype]]) -> int:
     """Bytes of the features of one image, from the shape and type of each tensor."""
     return sum(dtype.itemsize * math.prod(shape) for shape, dtype in rows)
-
-
-def bytes_text(size: float) -> str:
-    """Three digits and a unit: 2.05 kB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} TB"
 
 
 def time_text(seconds: float) -> str:
