@@ -94,9 +94,9 @@ def build_model(
 ) -> Classifier:
     """Build a classifier of `num_classes` classes on pretrained features.
 
-    A new head has torch's default initialisation in every family; torchvision's own differ: zeros in vit, narrow
-    normals in others. The global random state does not change. Under `torch.device("meta")` even the largest model
-    takes next to no time or memory.
+    A new head has small weights, from a normal distribution of standard deviation 0.01, and a bias of zero, in every
+    family (torchvision's own differ). The global random state does not change. Under `torch.device("meta")` even the
+    largest model takes next to no time or memory.
 
     Args:
         model: a name from `model_names()`, or a module that maps images `[B, 3, H, W]` to logits.
@@ -302,6 +302,11 @@ def _replace(model: nn.Module, name: str, num_classes: int, device: torch.device
         assert isinstance(old, nn.Conv2d)
         shape = {key: getattr(old, key) for key in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
         new = nn.Conv2d(old.in_channels, num_classes, bias=old.bias is not None, **shape)
+    # Small: of pretrained features, whose norm is in the hundreds, torch's default makes confident random logits, which
+    # short runs do not unlearn.
+    nn.init.normal_(new.weight, std=0.01)
+    if new.bias is not None:
+        nn.init.zeros_(new.bias)
     if getattr(model, "num_classes", None) == _outputs(old):  # kept by squeezenet, vit, swin and mnasnet
         model.num_classes = num_classes  # pyright: ignore[reportArgumentType]
     model.set_submodule(name, new.to(device, old.weight.dtype))
