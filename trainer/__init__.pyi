@@ -3,12 +3,12 @@ from .commands.loaded import load as load
 from .data.images import Images as Images
 from .data.images import Subset as Subset
 from .data.images import decode as decode
+from .data.labels import stratified_split as stratified_split
 from .data.loader import KeyedDataset as KeyedDataset
 from .data.loader import Workers as Workers
 from .data.open import Data as Data
 from .data.open import load_data as load_data
 from .data.open import open_data as open_data
-from .data.open import stratified_split as stratified_split
 from .data.open import transformed as transformed
 from .data.sampling import BatchPlan as BatchPlan
 from .data.transforms import InputSpec as InputSpec

@@ -14,8 +14,9 @@ from torchvision.transforms import v2
 from trainer.config import DataConfig
 from trainer.data.bad_images import check_images
 from trainer.data.images import Subset, decode
+from trainer.data.labels import check_labels, stratified_split
 from trainer.data.loader import BatchLoader, KeyedDataset
-from trainer.data.open import check_labels, load_data, open_data, stratified_split
+from trainer.data.open import load_data, open_data
 from trainer.data.transforms import InputSpec, Normalize, is_random
 from trainer.errors import DataError, UsageError
 

@@ -9,7 +9,8 @@ from pictures import rows, write_classes
 
 from trainer.data import folders
 from trainer.data.images import Images, Subset
-from trainer.data.open import check_labels, load_data, stratified_split
+from trainer.data.labels import check_labels, stratified_split
+from trainer.data.open import load_data
 from trainer.errors import DataError, UsageError
 
 

@@ -8,8 +8,9 @@ from trainer.data.bad_images import without
 from trainer.data.content import content, shared
 from trainer.data.files import Decoded
 from trainer.data.images import Images
+from trainer.data.labels import match_classes
 from trainer.data.loader import KeyedDataset
-from trainer.data.open import Data, load_test, match_classes
+from trainer.data.open import Data, load_test
 from trainer.errors import DataError, UsageError
 from trainer.recipes import Recipe
 

@@ -8,6 +8,7 @@ from .images import Images as Images
 from .images import Subset as Subset
 from .images import decode as decode
 from .images import to_rgb as to_rgb
+from .labels import stratified_split as stratified_split
 from .loader import BatchLoader as BatchLoader
 from .loader import KeyedDataset as KeyedDataset
 from .loader import Workers as Workers
@@ -15,7 +16,6 @@ from .open import Data as Data
 from .open import load_data as load_data
 from .open import load_test as load_test
 from .open import open_data as open_data
-from .open import stratified_split as stratified_split
 from .open import transformed as transformed
 from .sampling import BatchPlan as BatchPlan
 from .transforms import InputSpec as InputSpec

@@ -1,8 +1,8 @@
-"""What the files of a data set hold, in a few kilobytes: to notice files that were replaced, and to name them.
+"""A summary of the files of a data set in 4 kB, to notice that files were replaced, and to name them.
 
-A digest of a million names says that something differs, but not what. Here every image is counted in one of 512 groups
-of a first table and in one of 512 of a second, both told by its name; a group is a checksum of its images. Files that
-differ are in groups that differ in both tables.
+A digest of all files would tell that something differs, but not what. Here there are two tables of 512 groups. The name
+of an image decides its group in each table, and a group is a checksum of its images. A file that was replaced changes
+its group in both tables; an unchanged file seldom has two groups that changed.
 """
 
 import base64
@@ -21,25 +21,25 @@ from trainer.data.images import Images, blame, label_bytes
 from trainer.storage.files import sha256_of
 
 _GROUPS = 512
-_SAMPLE = 1000  # files, about, of which the beginning is read; of fewer than that, all
-_BEGINNING = 64 * 1024  # bytes
+_SAMPLE = 1000  # about so many files are read in part; with fewer files, all of them
+_BEGINNING = 64 * 1024  # bytes that are read of a file
 
 
 class Content(TypedDict):
-    """What images are, in a few bytes; to be stored, and compared by `differing`."""
+    """The summary of some images; stored in checkpoints, and compared by `differing`."""
 
     images: int
-    """Their number."""
+    """Number of images."""
     groups: str
     """The two tables, in base 85."""
 
 
 def content(images: Images) -> Content:
-    """What the images are: names, labels, the sizes of their files, and of up to a thousand the first 64 KiB.
+    """Summarise images: their names, labels and file sizes, and the first 64 KiB of up to a thousand files.
 
-    The same wherever the files lie and whenever they were written. A million files cost a million calls of stat. What
-    it cannot see: among thousands of files, one of the same size as before that is not in the sample; and images that
-    are no files (`Images.path` is None), of which only names and labels count.
+    The result does not depend on the folder of the files or on their times. A million files take a million calls of
+    stat. Not noticed: among thousands of files, a file outside of the sample that was replaced by one of the same size;
+    and other pixels under the same name, if images have no files (`Images.path` is None).
 
     Raises:
         DataError: a file cannot be read; names it.
@@ -60,12 +60,15 @@ def content(images: Images) -> Content:
 
 
 def differing(images: Images, here: Content, stored: Content) -> list[str]:
-    """The names of the images that may have changed since `content` was stored; seldom one too many.
+    """The names of the images that may have changed since their content was stored.
 
     Args:
-        images: the images.
+        images: the images of now.
         here: their `content`.
-        stored: of another time or place. What it had and `images` has not cannot be named.
+        stored: the `content` of an earlier time or of another machine.
+
+    Returns:
+        Every image that changed or is new, and seldom another one; images that are gone cannot be named.
     """
     tables = [np.frombuffer(base64.b85decode(part["groups"]), "<u4").reshape(2, -1) for part in (here, stored)]
     changed = tables[0] != tables[1]  # [2, groups]
@@ -77,7 +80,7 @@ def differing(images: Images, here: Content, stored: Content) -> list[str]:
 
 
 def shared(images: Images, others: Images) -> list[int]:
-    """The indices of those images that are among `others` too: by the bytes of their files, or else by their keys."""
+    """The indices of images that `others` also has, compared by the bytes of files, or by keys if there are none."""
     places = []
     for some in (images, others):
         by_size: dict[int | str, list[int]] = defaultdict(list)  # files of different sizes need not be read
@@ -98,12 +101,12 @@ def _bytes_of(images: Images, index: int) -> str:
 
 
 def _stride(number: int) -> int:
-    """Of how many images one is in the sample: a power of two, so that a few images more seldom change it."""
+    """One of this many images is in the sample. A power of two, so that a few more images seldom change it."""
     return 1 << max(-(-number // _SAMPLE) - 1, 0).bit_length()
 
 
 def _places(images: Images) -> Iterator[tuple[tuple[int, int], int]]:
-    """For each image its group in each table, and a number, all from its name."""
+    """For each image its group in each table, and a number; both depend only on its name."""
     for index in range(len(images)):
         digest = hashlib.blake2b(images.key(index).encode(), digest_size=8).digest()
         first, second = (int.from_bytes(digest[at : at + 2], "little") % _GROUPS for at in (0, 2))

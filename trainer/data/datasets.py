@@ -1,4 +1,4 @@
-"""Data sets by name: the built-in digits, and those of torchvision."""
+"""The built-in digits, and the data sets of torchvision."""
 
 import hashlib
 import inspect
@@ -40,8 +40,8 @@ class Digits(Images):
 _FLAG = {"train": True}, {"train": False}
 _TRAIN_VAL = {"split": "train"}, {"split": "val"}
 _TRAIN_TEST = {"split": "train"}, {"split": "test"}
-# What the constructor takes for the training and for the validation images; None: one set, which we split. It is
-# written out because signatures do not tell which splits there are, and trying them could start a download.
+# The arguments of each constructor for training and for validation images; None: one set, which is split. They are
+# written out because signatures do not name the splits, and trying them could start a download.
 TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
     **dict.fromkeys(("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "QMNIST", "USPS"), _FLAG),
     "EMNIST": ({"split": "balanced", "train": True}, {"split": "balanced", "train": False}),
@@ -58,7 +58,12 @@ TORCHVISION: dict[str, tuple[dict[str, Any], dict[str, Any]] | None] = {
 
 
 class TorchvisionImages(Images):
-    """A torchvision data set; `title` is for messages, such as `CIFAR10 train`."""
+    """A torchvision data set.
+
+    Args:
+        title: its name in messages, such as `CIFAR10 train`.
+        dataset: the object of torchvision.
+    """
 
     def __init__(self, title: str, dataset: Any):
         self.title, self.dataset = title, dataset
@@ -66,7 +71,7 @@ class TorchvisionImages(Images):
         self.classes = _class_names(dataset) or tuple(str(i) for i in range(max(self.labels, default=-1) + 1))
 
     def __getitem__(self, index: int) -> Tensor:
-        index = range(len(self))[index]  # IndexError is for the caller, whose loop it ends
+        index = range(len(self))[index]  # raises IndexError, which ends the loop of the caller
         with blame(self.name(index)):
             image, _ = self.dataset[index]
             return image if isinstance(image, Tensor) else to_rgb(image)
@@ -76,14 +81,17 @@ class TorchvisionImages(Images):
 
 
 def load_torchvision(name: str, root: str) -> tuple[Images, Images | None]:
-    """The training images of a data set and, where it has such a part, its validation images.
+    """Open a data set of torchvision, and download it if it is not there.
 
     Args:
         name: a key of `TORCHVISION`.
-        root: the folder it is in, or downloaded to.
+        root: the folder that it is in, or is downloaded to.
+
+    Returns:
+        The training images, and the validation images; None if the data set has no second part.
 
     Raises:
-        UsageError: it needs a package that is missing.
+        UsageError: a package that it needs is missing.
         DataError: it cannot be read or downloaded.
     """
     if parts := TORCHVISION[name]:
@@ -99,7 +107,7 @@ def load_torchvision(name: str, root: str) -> tuple[Images, Images | None]:
 
 def _open_torchvision(name: str, root: str, arguments: dict[str, Any]) -> TorchvisionImages:
     cls = getattr(torchvision.datasets, name)
-    # download=True leaves alone what is there. With our loader, these files are decoded by the rules of `decode`.
+    # download=True downloads only missing files; loader=decode reads image files as this program reads all others.
     offered = {"download": True, "loader": decode}
     arguments = {key: offered[key] for key in offered.keys() & constructor_keywords(cls)} | arguments
     train = arguments.get("train")
@@ -123,7 +131,7 @@ def _open_torchvision(name: str, root: str, arguments: dict[str, Any]) -> Torchv
 
 
 def constructor_keywords(cls: type) -> set[str]:
-    """Names of the arguments that `cls()` accepts, through **kwargs too: EMNIST hands `download` on to MNIST."""
+    """Names of the arguments of a constructor, and of those that its **kwargs pass on, such as EMNIST's to MNIST."""
     names: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):
@@ -135,7 +143,7 @@ def constructor_keywords(cls: type) -> set[str]:
 
 
 def _labels(title: str, dataset: Any) -> list[int]:
-    """The label of every image, without reading the images where the data set has a list of labels."""
+    """The label of every image; images are read only if the data set has no list of labels."""
     for attribute in ("targets", "labels", "_labels", "y"):
         if (held := getattr(dataset, attribute, None)) is not None:
             held = np.asarray(held)
@@ -152,7 +160,7 @@ def _labels(title: str, dataset: Any) -> list[int]:
 
 
 def _class_names(dataset: Any) -> tuple[str, ...]:
-    """Empty where the data set has none. ImageNet and Imagenette have a tuple of synonyms per class."""
+    """The names of the classes; () if the data set has none. ImageNet and Imagenette have several for each class."""
     if names := getattr(dataset, "classes", None) or getattr(dataset, "categories", None):
         return tuple(name if isinstance(name, str) else ", ".join(name) for name in names)
     numbers = getattr(dataset, "class_to_idx", {})

@@ -13,8 +13,8 @@ class FileImages(Images):
 
     Args:
         files: their paths.
-        labels: one per file, see `Images`.
-        classes: names of the classes; empty if labels are no classes.
+        labels: one for each file, see `Images`.
+        classes: names of the classes; empty if labels are not classes.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class FileImages(Images):
 
 
 class Decoded(Subset):
-    """Images of files, decoded in another way: grey, of 16 bits, or of a format of your own.
+    """Image files that are decoded in another way: grey, 16 bits, or a format of your own.
 
     Args:
-        images: each with a `path`.
-        decode: a path to `[C, H, W]`, such as `functools.partial(trainer.decode, channels=1)`.
+        images: images that have a `path`.
+        decode: a function from a path to `[C, H, W]`, such as `functools.partial(trainer.decode, channels=1)`.
     """
 
     def __init__(self, images: Images, decode: Callable[[str], Tensor]):

@@ -1,9 +1,10 @@
-"""Folders of images: what is found in them, and what is said of the rest."""
+"""Find the images in a folder with one folder per class, and warn about files that are not used."""
 
 import glob
 import logging
 import os
 from collections import Counter, defaultdict, deque
+from collections.abc import Iterator
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +13,7 @@ from trainer.data.images import EXTENSIONS, REMEDIES, Images, blame, decode, lef
 from trainer.errors import DataError
 from trainer.text import counted, listed
 
-# Said of validation images that are the test images.
+# For the origin of validation images that are the test images of a data set.
 CHOSEN_ON_TEST = ", on which the best epoch is chosen: its accuracy there is better than on images never seen"
 
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")  # in order of preference
@@ -21,10 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class FolderImages(Images):
-    """Image files in a folder per class. `files`: for each class folder, paths relative to `root`.
+    """Image files in a folder per class.
 
-    The paths are kept as one byte string: a million `str` would be copied into every forked worker, page by page, as
-    their reference counts change. Bytes also hold names that are not UTF-8.
+    The paths are kept in one byte string. A million `str` would be copied into every forked worker, page by page, when
+    their reference counts change; and bytes can hold names that are not UTF-8.
+
+    Args:
+        root: the folder of the class folders.
+        files: paths relative to `root`, by class.
     """
 
     def __init__(self, root: str, files: dict[str, list[str]]):
@@ -38,7 +43,8 @@ class FolderImages(Images):
         return os.path.join(self.root, self._below(index))
 
     def _below(self, index: int) -> str:
-        index = range(len(self))[index]  # negative ones, and IndexError
+        """The path relative to `root`."""
+        index = range(len(self))[index]  # counts negative indices from the end, and raises IndexError
         return os.fsdecode(self._paths[self._ends[index] : self._ends[index + 1]])
 
     def __getitem__(self, index: int) -> Tensor:
@@ -58,16 +64,19 @@ class FolderImages(Images):
 
 
 def load_folder(folder: str) -> tuple[Images, Images | None]:
-    """The training images of a folder and, where they are set apart, its validation images.
+    """Open a folder of images.
 
     Args:
-        folder: holds `train/` and one of `val/ valid/ validation/ test/`, each with a folder per class, or just the
-            folders of the classes.
+        folder: holds `train/` and one of `val/ valid/ validation/ test/`, each with a folder per class, or the class
+            folders themselves.
+
+    Returns:
+        The training images, and the validation images; None if there is no folder of validation images.
 
     Raises:
         DataError: there are no class folders, or one of them is empty.
     """
-    if not _has_folders(os.path.join(folder, "train")):  # a class may have that name, too
+    if not _has_folders(os.path.join(folder, "train")):  # "train" without folders is a class
         images = _class_folders(folder)
         if set(map(str.lower, images.classes)) <= {"train", "training", "testing", *VALIDATION_FOLDERS}:
             expected = "train/ and val/, each with a folder per class"
@@ -86,80 +95,92 @@ def load_folder(folder: str) -> tuple[Images, Images | None]:
 
 
 def _has_folders(path: str) -> bool:
-    return any(
-        not left_by_programs(name[:-1]) for name in glob.glob("*/", root_dir=path)
-    )  # no error if nothing is there
+    """Whether a folder has subfolders for classes; False if it does not exist."""
+    return any(not left_by_programs(name[:-1]) for name in glob.glob("*/", root_dir=path))
 
 
 def _class_folders(root: str) -> FolderImages:
-    """The images below the class folders of `root`: classes and files by name, every real file once.
-
-    Symbolic links come after all that really lies here, so that a link never takes an image from its own class. One
-    to something already counted, or up to a folder it lies in, adds nothing. Hidden names, and those that programs
-    leave (see `left_by_programs`), are passed over.
-    """
-    classes: dict[str, list[str]] = {}
-    ignored: Counter[str] = Counter()
-    unused: dict[tuple[str, str], list[str]] = defaultdict(list)  # why, for one and for several -> paths
-    folders, links = deque([""]), deque[str]()
-    seen: set[str] = set()  # real paths of folders and image files
-
-    def add(path: str, real: str) -> None:
-        extension = os.path.splitext(path)[1].lower()
-        if extension not in EXTENSIONS:
-            ignored[printable(extension) or "no extension"] += 1
-        elif os.sep not in path:
-            unused["image outside the class folders", "images outside the class folders"].append(path)
-        else:
-            seen.add(real)
-            classes[path.split(os.sep, 1)[0]].append(path)
-
-    while folders or links:
-        linked = not folders
-        path = links.popleft() if linked else folders.popleft()
-        full = os.path.join(root, path)
-        real = os.path.realpath(full)
-        inside = os.path.join(os.path.realpath(os.path.dirname(full)), "")
-        if real in seen or (linked and inside.startswith(os.path.join(real, ""))):
-            unused["link to what is counted already", "links to what is counted already"].append(path)
-            continue
-        if os.path.isfile(full):
-            add(path, real)
-            continue
-        seen.add(real)
-        if path and os.sep not in path:
-            classes[path] = []
-        with blame(full), os.scandir(full) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                child = os.path.join(path, entry.name)
-                if left_by_programs(entry.name):
-                    if entry.is_dir():
-                        hidden = entry.name.startswith(".")
-                        kind = "hidden folder" if hidden else "folder that a program left"
-                        unused[kind, kind.replace("folder", "folders", 1)].append(child)
-                    elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                        unused["hidden image", "hidden images"].append(child)
-                    continue
-                if entry.is_symlink():
-                    (links if os.path.exists(entry.path) else unused["broken link", "broken links"]).append(child)
-                elif entry.is_dir():
-                    folders.append(child)
-                elif entry.is_file():
-                    add(child, os.path.join(real, entry.name))
-    place, notes = printable(root), []
-    if ignored:
-        kinds = ", ".join(f"{kind} ({n})" for kind, n in sorted(ignored.items(), key=lambda kind: (-kind[1], kind[0])))
-        notes.append(f"ignored {counted(ignored.total(), 'file')}: {kinds}")
-        for package in sorted({REMEDIES[kind] for kind in ignored if kind in REMEDIES}):
-            unread = " and ".join(kind for kind in sorted(ignored) if REMEDIES.get(kind) == package)
-            notes.append(f"{unread} can be read with: pip install '{package}'")
-    for (one, several), paths in unused.items():
-        notes.append(f"ignored {len(paths):,} {one if len(paths) == 1 else several}, such as {printable(paths[0])}")
+    """The images in the class folders of `root`, sorted by class and path; DataError if a class has none."""
+    scan, place = _Scan(root), printable(root)
+    notes = list(scan.notes())
     for note in notes:
         logger.warning("%s: %s", place, note)
-    if not classes:
+    if not scan.classes:
         raise DataError("; ".join((f"{place} has no class folders: expected {place}/CLASS/IMAGE.jpg", *notes)))
-    if empty := sorted(name for name, paths in classes.items() if not paths):
+    if empty := sorted(name for name, paths in scan.classes.items() if not paths):
         where = listed(os.path.join(place, printable(name)) for name in empty)
         raise DataError(f"no images in {where}: remove the folder or add images ({' '.join(EXTENSIONS)})")
-    return FolderImages(root, {name: sorted(classes[name]) for name in sorted(classes)})
+    return FolderImages(root, {name: sorted(scan.classes[name]) for name in sorted(scan.classes)})
+
+
+class _Scan:
+    """The files below a folder: each image once, and the files that are not used.
+
+    Symbolic links are followed after everything else, so that a link never takes an image from the class that it is
+    stored in. A link to a file or folder that was found before, or to a folder that contains the link, is not used.
+
+    Attributes:
+        classes: paths of the images relative to `root`, by class.
+        ignored: number of files that are not images, by extension.
+        unused: paths of other files and folders that are not used, by reason; "{s}" is for the plural.
+    """
+
+    def __init__(self, root: str):
+        self.root, self.classes, self.ignored = root, dict[str, list[str]](), Counter[str]()
+        self.unused: dict[str, list[str]] = defaultdict(list)
+        self._seen: set[str] = set()  # real paths of folders and image files
+        self._folders, self._links = deque([""]), deque[str]()
+        while self._folders or self._links:
+            linked = not self._folders
+            path = self._links.popleft() if linked else self._folders.popleft()
+            full = os.path.join(root, path)
+            real = os.path.realpath(full)
+            inside = os.path.join(os.path.realpath(os.path.dirname(full)), "")
+            if real in self._seen or (linked and inside.startswith(os.path.join(real, ""))):
+                self.unused["link{s} to what is counted already"].append(path)
+            elif os.path.isfile(full):
+                self._add_file(path, real)
+            else:
+                self._seen.add(real)
+                if path and os.sep not in path:
+                    self.classes[path] = []
+                with blame(full), os.scandir(full) as entries:
+                    for entry in sorted(entries, key=lambda entry: entry.name):
+                        self._add_entry(entry, os.path.join(path, entry.name), os.path.join(real, entry.name))
+
+    def _add_entry(self, entry: os.DirEntry[str], path: str, real: str) -> None:
+        if left_by_programs(entry.name):
+            if entry.is_dir():
+                hidden = entry.name.startswith(".")
+                self.unused["hidden folder{s}" if hidden else "folder{s} that a program left"].append(path)
+            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
+                self.unused["hidden image{s}"].append(path)
+        elif entry.is_symlink():
+            (self._links if os.path.exists(entry.path) else self.unused["broken link{s}"]).append(path)
+        elif entry.is_dir():
+            self._folders.append(path)
+        elif entry.is_file():
+            self._add_file(path, real)
+
+    def _add_file(self, path: str, real: str) -> None:
+        extension = os.path.splitext(path)[1].lower()
+        if extension not in EXTENSIONS:
+            self.ignored[printable(extension) or "no extension"] += 1
+        elif os.sep not in path:
+            self.unused["image{s} outside the class folders"].append(path)
+        else:
+            self._seen.add(real)
+            self.classes[path.split(os.sep, 1)[0]].append(path)
+
+    def notes(self) -> Iterator[str]:
+        """One line about each kind of files that are not used."""
+        if self.ignored:
+            kinds = sorted(self.ignored.items(), key=lambda kind: (-kind[1], kind[0]))
+            listing = ", ".join(f"{kind} ({count})" for kind, count in kinds)
+            yield f"ignored {counted(self.ignored.total(), 'file')}: {listing}"
+        for package in sorted({REMEDIES[kind] for kind in self.ignored if kind in REMEDIES}):
+            unread = " and ".join(kind for kind in sorted(self.ignored) if REMEDIES.get(kind) == package)
+            yield f"{unread} can be read with: pip install '{package}'"
+        for reason, paths in self.unused.items():
+            what = reason.format(s="s" * (len(paths) != 1))
+            yield f"ignored {len(paths):,} {what}, such as {printable(paths[0])}"

@@ -1,15 +1,13 @@
-"""The data of a run: opened on all processes, checked, split and described."""
+"""Open the images of a run: the same on all processes, checked, split into training and validation."""
 
 import difflib
 import glob
-import hashlib
 import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torchvision
 from accelerate import Accelerator
 from torch import Tensor
@@ -20,6 +18,7 @@ from trainer.data.content import Content, content, differing
 from trainer.data.datasets import TORCHVISION, Digits, load_torchvision
 from trainer.data.folders import load_folder
 from trainer.data.images import Images, Subset, printable
+from trainer.data.labels import check_classes, check_labels, match_classes, stratified_split
 from trainer.data.loader import KeyedDataset, Workers
 from trainer.data.transforms import InputSpec, check_pixels, is_random
 from trainer.errors import DataError, UsageError
@@ -34,11 +33,12 @@ class Data:
     """The images of a run.
 
     Attributes:
-        train, val: the training and the validation images.
-        name: what the user gave, such as a folder.
-        skipped: keys of the unreadable images that were left out, of each part.
-        origin: where the validation images come from; "" if unknown.
-        content: of each part, see `content.content`; empty where nobody has asked.
+        train: the training images.
+        val: the validation images.
+        name: the data as the user gave it, such as a folder.
+        skipped: keys of the unreadable images that were left out, for training and for validation.
+        origin: where the validation images come from, as text; "" if unknown.
+        content: the `content.content` of the training and of the validation images; empty if it was not computed.
     """
 
     train: Images
@@ -50,11 +50,11 @@ class Data:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """The names of the classes; empty where labels are numbers."""
+        """The names of the classes; empty if labels are not classes."""
         return tuple(self.train.classes)
 
     def about(self) -> dict[str, Any]:
-        """What a checkpoint says of the images, for `check_same`: digests, what was left out, and the content."""
+        """The description of the images in a checkpoint, for `check_same`: digests, images left out, and content."""
         digests = {"training": self.train.digest(), "validation": self.val.digest()}
         return {**digests, "skipped": self.skipped, "content": self.content}
 
@@ -63,11 +63,13 @@ class Data:
         return {"classes": list(self.classes), "data": self.about()}
 
     def check_same(self, stored: dict[str, Any]) -> None:
-        """Raise `DataError` unless these are the images of the run whose `about()` was stored; names those that differ.
+        """Check that these are the images that a run was started with.
 
         Args:
-            stored: the `about()` of the run. Without "content", as older checkpoints have it, names and labels alone
-                are compared.
+            stored: the `about()` of the run. Older checkpoints have no "content"; then only names and labels count.
+
+        Raises:
+            DataError: names the images that may differ.
         """
         here, problems = self.about(), []
         old: list[Content | None] = stored.get("content") or [None, None]
@@ -111,27 +113,27 @@ def open_data(
     known: dict[str, Any] | None = None,
     workers: Workers = Workers(),
 ) -> Data:
-    """The images of a run, the same on every process (a collective).
+    """Open the images of a run, the same on every process (a collective).
 
     Args:
-        config: what to open, and whether to check it.
-        images: `(config, *, seed)` to the training and the validation images; called on one process before the
-            others, so that it may download.
-        seed: of the run, for a split.
-        known: the `about()` of the run that is continued: it goes on with the same images, and leaves out the same;
-            None for a new run.
-        workers: decode images for the check.
+        accelerator: of the run.
+        config: the data, and whether every image is decoded once to check it.
+        images: the function of the recipe, `(config, *, seed)` → training and validation images. It is called on one
+            process before the others, so it may download.
+        seed: seed of the run, for the split.
+        known: the `about()` of a run that is continued, which has to have the same images; None for a new run.
+        workers: processes that decode images for the check.
 
     Raises:
         DataError: the data is wrong, or another machine has other files; names them.
-        UsageError: there is no such data, or the machines have other names or versions.
+        UsageError: there is no such data, or machines have different names or versions.
     """
 
     def load() -> tuple[Images, Images]:
         train, val = found = images(config, seed=seed)
         if kinds := [type(part).__name__ for part in found if not isinstance(part, Images)]:
             raise UsageError(f"images() of the recipe returned {kinds[0]}; expected two Images: training, validation.")
-        _check(train, val, config.data)
+        _check_parts(train, val, config.data)
         return train, val
 
     train, val = main_first(accelerator, load)
@@ -142,8 +144,7 @@ def open_data(
         check=config.check_data,
         skip=skip,
         known=None if known is None else known.get("skipped", [[], []]),
-        workers=workers.count,
-        timeout=workers.timeout,
+        workers=workers,
     )
     assert_same(accelerator, data=train.digest, validation=val.digest)
     data = Data(train, val, config.data, skipped, origin)
@@ -156,17 +157,18 @@ def open_data(
 def transformed(
     data: Data, transforms: Sequence[Callable[[Tensor], Tensor]], config: SpeedConfig, spec: InputSpec, *, seed: int
 ) -> tuple[KeyedDataset, KeyedDataset]:
-    """The training and the validation images under their transforms.
+    """The training and the validation images with their transforms.
 
     Args:
-        data: of the run.
-        transforms: of the recipe, for training and for validation.
-        config: `views` and `fast_decode`.
-        spec: what the model takes.
-        seed: of the run, for what is random in a transform.
+        data: the images of the run.
+        transforms: the two transforms of the recipe, for training and for validation.
+        config: `views` and `fast_decode` are used.
+        spec: how images are prepared for the model.
+        seed: seed of the run, for random transforms.
 
     Raises:
-        UsageError: several views are asked for, and the transform is not random; or images or transforms are none.
+        UsageError: several views are asked for and the training transform is not random; or the recipe returned
+            something other than images or transforms.
     """
     if not isinstance(transforms, Sequence) or len(transforms) != 2:
         found = type(transforms).__name__
@@ -175,7 +177,7 @@ def transformed(
         check_pixels(images.name(0), images[0], transform, spec=spec)
     if config.fast_decode:
         for images in (data.train, data.val):
-            images.shrink(2 * spec.resize)  # twice: a random crop enlarges a part
+            images.shrink(2 * spec.resize)  # twice as long, because a random crop enlarges a part of the image
     train, val = (
         KeyedDataset(images, transform, seed=seed)
         for images, transform in zip((data.train, data.val), transforms, strict=True)
@@ -207,37 +209,49 @@ def _same_content(accelerator: Accelerator, data: Data) -> list[Content]:
 def load_data(
     data: str | os.PathLike[str], *, val_fraction: float = 0.2, seed: int = 0, root: str | os.PathLike[str] = "data"
 ) -> tuple[Images, Images]:
-    """The training and the validation images of `data`, with the same classes.
+    """Open a data set by name, and split it if it has no validation images.
 
-    `data` is a folder, the name of a torchvision data set in any case, or "digits", the built-in one. A folder wins,
-    except over "digits".
-    A folder holds `train/` and one of `val/ valid/ validation/ test/`, each with a folder per class, or just the
-    folders of the classes. Where there are no validation images, `val_fraction` of every class is split off, by
-    `seed`. torchvision's data sets are kept under `root`; the first call downloads them, so with several processes
-    let one call this before the others.
+    Args:
+        data: a folder, the name of a torchvision data set (upper and lower case are the same), or "digits", the
+            built-in one. A folder is preferred to a data set of the same name, except for "digits". A folder holds
+            `train/` and one of `val/ valid/ validation/ test/`, each with a folder per class, or the class folders
+            themselves.
+        val_fraction: share of each class for validation, if there are no validation images.
+        seed: seed of that split.
+        root: folder of torchvision's data sets. The first call downloads them: with several processes, let one call
+            this before the others.
+
+    Returns:
+        The training and the validation images, with the same classes.
 
     Raises:
-        UsageError: an unknown name, a bad fraction or a missing package.
-        DataError: anything that is wrong with the data.
+        UsageError: an unknown name, a fraction outside of 0 to 1, or a missing package.
+        DataError: the data is wrong.
     """
     train, val = _open_data(data, root)
     data = os.fspath(data)
     if val is None:
-        _check_classes(train, data)
+        check_classes(train, data)
         parts = stratified_split(train.labels, val_fraction, seed=seed)
         train, val = (Subset(train, indices) for indices in parts)
         val.origin = f"{100 * val_fraction:g} % split off by seed {seed}"
         if not len(val):
             raise DataError(f"{printable(data)}: no class has a second image, for validation")
-    _check(train, val, data)
+    _check_parts(train, val, data)
     return train, val
 
 
 def load_test(data: str | os.PathLike[str], classes: Sequence[str], *, root: str | os.PathLike[str] = "data") -> Images:
-    """The images of `data` to test a trained model on: the validation images, or all where none are set apart.
+    """Open a data set to test a trained model: its validation images, or all images if it has none.
 
-    `classes` are the model's. Labels are its indices, by name; raises `DataError` for a class it does not have, and
-    else what `load_data` raises, which also says what `data` may be.
+    Args:
+        data: as for `load_data`.
+        classes: the classes of the model; labels become indices into them, by name.
+        root: folder of torchvision's data sets.
+
+    Raises:
+        DataError: the data is wrong, or has a class that the model does not have.
+        UsageError: an unknown name, or a missing package.
     """
     train, val = _open_data(data, root)
     images = train if val is None else val
@@ -247,12 +261,12 @@ def load_test(data: str | os.PathLike[str], classes: Sequence[str], *, root: str
 
 
 def _open_data(data: str | os.PathLike[str], root: str | os.PathLike[str]) -> tuple[Images, Images | None]:
-    """The training images and, where they are set apart, the validation images, each with its own classes."""
+    """The training images and the validation images, each with its own classes; None if there are none."""
     data, root = os.fspath(data), os.path.expanduser(root)
     folder = os.path.expanduser(data)
     names = {name.lower(): name for name in ("digits", *TORCHVISION)}
     name = names.get(data.lower())
-    if name == "digits":  # what the program does without --data must not depend on the folder it is started in
+    if name == "digits":  # the default of --data must not depend on the working directory
         if os.path.isdir(folder):
             logger.warning("digits is the built-in data set; for the folder of that name give ./digits")
         return Digits(), None
@@ -265,95 +279,16 @@ def _open_data(data: str | os.PathLike[str], root: str | os.PathLike[str]) -> tu
     raise _unknown(data, list(names.values()))
 
 
-def stratified_split(labels: Sequence[int] | Tensor, fraction: float, *, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of the training and of the validation images, ascending: `fraction` of every class is for validation.
-
-    A class of two or more has at least one image on each side, a class of one is for training. The order is a hash,
-    not a random generator that a library may change, and each class is shuffled by itself: images added to one class
-    leave the other classes as they were split.
-
-    Args:
-        labels: the class of each image; or a tensor `[N, ...]` of values, which is split without regard to them.
-        fraction: between 0 and 1.
-        seed: another one, another split.
-
-    Raises:
-        UsageError: unless 0 < fraction < 1.
-    """
-    if not 0 < fraction < 1:
-        raise UsageError(f"val_fraction is {fraction}: expected a number between 0 and 1, such as 0.2")
-    members: dict[int, list[int]] = {}
-    for index, label in enumerate([0] * len(labels) if isinstance(labels, Tensor) else labels):
-        members.setdefault(label, []).append(index)
-    val: set[int] = set()
-    for label, indices in members.items():
-        key = f"{seed} {label} "
-        order = sorted(range(len(indices)), key=lambda i: hashlib.sha256(f"{key}{i}".encode()).digest())
-        count = min(max(round(len(indices) * fraction), 1), len(indices) - 1)
-        val.update(indices[i] for i in order[:count])
-    return [i for i in range(len(labels)) if i not in val], sorted(val)
-
-
-def check_labels(images: Images) -> None:
-    """Check labels before training: a GPU answers a class out of range by ending the process, without saying which.
-
-    Raises:
-        DataError: names the image: a class is no index into `images.classes`; a value is not finite; or a tensor of
-            labels `[N, K]` does not have a column for each of the classes.
-    """
-    labels, classes = images.labels, images.classes
-    if isinstance(labels, Tensor):
-        shape = list(labels.shape)
-        if labels.ndim == 1 and not labels.is_floating_point():
-            raise DataError(f"labels are {labels.dtype} {shape}: expected a list of int for classes, or floats")
-        if classes and labels.ndim == 2 and shape[1] != len(classes):
-            raise DataError(f"labels are {shape}: expected a column for each of {counted(len(classes), 'name')}")
-        wrong = (~torch.isfinite(labels)).flatten(1).any(dim=1) if labels.ndim > 1 else ~torch.isfinite(labels)
-        if wrong.any():
-            raise DataError(f"{images.name(int(wrong.nonzero()[0]))} has a label that is not finite")
-        return
-    for index, label in enumerate(labels):
-        if type(label) is not int or not 0 <= label < len(classes):
-            expected = f"an int from 0 to {len(classes) - 1}, an index into the classes"
-            raise DataError(f"{images.name(index)} has the label {label!r}: expected {expected}")
-
-
-def _check_classes(train: Images, data: str) -> None:
-    if not isinstance(train.labels, Tensor) and len(train.classes) < 2:
-        raise DataError(f"{printable(data)} has one class, {listed(train.classes)}: expected two or more")
-
-
-def _check(train: Images, val: Images, data: str) -> None:
-    """What training needs of its two parts; numbers the classes of `val` as training does."""
-    _check_classes(train, data)
+def _check_parts(train: Images, val: Images, data: str) -> None:
+    """Check training and validation images; number the classes of `val` as in `train`."""
+    check_classes(train, data)
     for images in (train, val):
         check_labels(images)
     match_classes(train.classes, val)
 
 
-def match_classes(classes: tuple[str, ...], val: Images) -> None:
-    """Number the classes of `val` as training does, by name: one missing folder shifts the numbers of all after it."""
-    if isinstance(val.labels, Tensor):
-        if tuple(val.classes) != tuple(classes):
-            raise DataError(
-                f"labels of validation are {listed(val.classes)}; expected {listed(classes)}, in this order"
-            )
-        return
-    number = {name: i for i, name in enumerate(classes)}
-    if extra := [name for name in val.classes if name not in number]:
-        raise DataError(
-            f"the validation images have classes without training images: {listed(extra)}. "
-            f"Training has {listed(classes)}; validation has {listed(val.classes)}"
-        )
-    if val.classes != classes:
-        val.labels = [number[val.classes[label]] for label in val.labels]
-        val.classes = classes
-    present = set(val.labels)
-    if missing := [name for i, name in enumerate(classes) if i not in present]:
-        logger.warning("classes without validation images: %s", listed(missing))
-
-
 def _unknown(data: str, names: list[str]) -> UsageError:
+    """The error for a name that is neither a folder nor a data set, with similar names."""
     path = os.path.normpath(os.path.expanduser(data))
     parent, base = os.path.split(path)
     nearby = {

@@ -1,4 +1,4 @@
-"""Random keys, the order of an epoch, and which process takes which images."""
+"""Seeds from keys, the order of the images in an epoch, and their division into batches and over processes."""
 
 import hashlib
 import random
@@ -14,35 +14,35 @@ import torch
 from trainer.errors import UsageError
 from trainer.text import counted
 
-# One request to a dataset: an image, and the epoch its augmentation is drawn for.
+# A request to a dataset: an epoch, whose random numbers the augmentation uses, and the index of an image.
 Request = tuple[int, int]  # (epoch, index)
 
 
 def random_key(*parts: int | str) -> int:
-    """A 63-bit integer that depends on every part and on nothing else: the seed of whatever `parts` name."""
+    """A seed of 63 bits that depends only on its parts, such as a seed, a purpose and an epoch."""
     text = "\x1f".join(str(part) for part in parts)
     (value,) = struct.unpack("<Q", hashlib.blake2b(text.encode(), digest_size=8).digest())
     return value >> 1  # torch.manual_seed takes a signed 64-bit integer
 
 
 def seed_all(key: int, *, devices: bool = True) -> None:
-    """Seed `random`, `numpy.random`, torch's CPU generator and those of its devices.
+    """Seed `random`, `numpy.random` and torch.
 
     Args:
         key: see `random_key`.
-        devices: False: the CPU's alone, as in a data worker, which must not touch a GPU.
+        devices: also seed the generators of GPUs; False for data workers, which must not touch a GPU.
     """
     random.seed(key)
     np.random.seed(key & 0xFFFFFFFF)
     if devices and torch.accelerator.is_available():
         torch.manual_seed(key)
-    else:  # the same, in a tenth of the time
+    else:  # the same for the CPU, in a tenth of the time
         torch.default_generator.manual_seed(key)
 
 
 @contextmanager
 def kept_randomness() -> Iterator[None]:
-    """Whatever is drawn inside, `random`, `numpy.random` and torch's CPU generator go on as if it had not been."""
+    """Restore the states of `random`, `numpy.random` and torch's CPU generator at the end."""
     outside = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
         yield
@@ -53,31 +53,33 @@ def kept_randomness() -> Iterator[None]:
 
 
 def epoch_order(samples: int, *, seed: int, epoch: int) -> list[int]:
-    """A permutation of `range(samples)` for this epoch, the same on every process."""
+    """The order of the images in an epoch: a permutation of `range(samples)`, the same on every process."""
     generator = torch.Generator().manual_seed(random_key(seed, "order", epoch))
     return torch.randperm(samples, generator=generator).tolist()
 
 
 class Micro(NamedTuple):
-    """One forward and backward on one process."""
+    """The images of one forward and backward on one process."""
 
-    number: int  # its place in the window, over all processes: the key of its dropout
+    number: int  # place in the optimizer step, over all processes; dropout is seeded with it
     indices: list[int]
-    counts: bool  # False for a filler: a process without work still has to take part in the reduction
+    counts: bool  # False for a filler, whose gradient counts as zero
 
 
 @dataclass(frozen=True, init=False)
 class BatchPlan:
-    """How `samples` images become optimizer updates on `processes` processes.
+    """The division of images into optimizer steps, micro-batches and processes.
+
+    A *window* is the images of one optimizer step over all processes; the last window of an epoch may be smaller.
 
     Args:
-        samples: images in the training set.
-        batch_size: images per optimizer update, over all processes.
-        micro_batch: images per forward on one process; None means `batch_size / processes`.
+        samples: number of training images.
+        batch_size: images per optimizer step, over all processes.
+        micro_batch: images per forward on one process; None: `batch_size / processes`.
         processes: number of processes.
 
     Raises:
-        UsageError: the numbers do not divide, or there are fewer samples than processes; says which would.
+        UsageError: the numbers do not divide (names numbers that do), or there are fewer images than processes.
     """
 
     samples: int
@@ -115,17 +117,17 @@ class BatchPlan:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per process and full window."""
+        """Micro-batches of each process in a full window."""
         return self.batch_size // (self.micro_batch * self.processes)
 
     @property
     def smallest(self) -> int:
-        """Images in the smallest micro-batch of an epoch."""
+        """Number of images in the smallest micro-batch of an epoch."""
         return self.samples % self.batch_size % self.micro_batch or min(self.micro_batch, self.samples)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Windows of an epoch; the last may be shorter, none is dropped."""
+        """Number of windows in an epoch, with the last one, which may be smaller."""
         return -(-self.samples // self.batch_size)
 
     def __str__(self) -> str:
@@ -138,15 +140,25 @@ class BatchPlan:
         )
 
     def windows(self, *, seed: int, epoch: int, start: int = 0) -> Iterator[list[int]]:
-        """The windows of an epoch from its `start`-th sample on: lists of at most `batch_size` indices."""
+        """The windows of an epoch, as lists of at most `batch_size` indices.
+
+        Args:
+            seed: seed of the run.
+            epoch: counted from 0.
+            start: number of images of the epoch that were used before, for a run that is continued.
+        """
         order = epoch_order(self.samples, seed=seed, epoch=epoch)
         for first in range(start, self.samples, self.batch_size):
             yield order[first : first + self.batch_size]
 
     def share(self, window: list[int], *, rank: int, filler: bool = True) -> list[Micro]:
-        """The micro-batches of one process; with `filler` at least one, so that it can take part in the reduction.
+        """The micro-batches of one process.
 
-        A filler has two images: a BatchNorm that trains refuses one.
+        Args:
+            window: the images of the optimizer step.
+            rank: index of the process.
+            filler: return at least one micro-batch, so that each process can take part in the reduction of gradients.
+                A filler has two images, because a BatchNorm that trains refuses one.
         """
         micros = [
             Micro(number, window[first : first + self.micro_batch], True)
@@ -155,7 +167,7 @@ class BatchPlan:
         return micros[rank :: self.processes] or [Micro(len(micros), window[:2], False)] * filler
 
     def eval_batches(self, samples: int, *, rank: int) -> list[list[int]]:
-        """The batches of `range(samples)` that this process evaluates: together, each sample exactly once."""
+        """The batches of `range(samples)` for one process; over all processes, each sample occurs exactly once."""
         batches = [
             list(range(first, min(first + self.micro_batch, samples))) for first in range(0, samples, self.micro_batch)
         ]
