@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainer.config import DataConfig, SpeedConfig
-from trainer.data.bad_images import check_images
+from trainer.data import excluded
+from trainer.data.bad_images import check_images, without
 from trainer.data.content import Content, content, differing
 from trainer.data.datasets import TORCHVISION, Digits, load_torchvision
 from trainer.data.folders import load_folder
@@ -23,7 +24,7 @@ from trainer.data.images import Images, Subset, counted, listed, printable
 from trainer.data.loader import KeyedDataset, Workers
 from trainer.data.transforms import InputSpec, check_pixels, is_random
 from trainer.errors import DataError, UsageError
-from trainer.processes.together import assert_same, gather, main_first, on_each_machine
+from trainer.processes.together import assert_same, gather, main_first, on_each_machine, on_main
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,10 @@ class Data:
     Attributes:
         train, val: the training and the validation images.
         name: what the user gave, such as a folder.
-        skipped: keys of the unreadable images that were left out, of each part.
+        skipped: keys of the images that were left out, of each part: unreadable, or excluded.
         origin: where the validation images come from; "" if unknown.
         content: of each part, see `content.content`; empty where nobody has asked.
+        reason: why images were left out.
     """
 
     train: Images
@@ -46,6 +48,7 @@ class Data:
     skipped: list[list[str]] = field(default_factory=lambda: [[], []])
     origin: str = ""
     content: list[Content] = field(default_factory=list)
+    reason: str = "unreadable"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -97,7 +100,7 @@ class Data:
             shape = "×".join(map(str, self.train.labels.shape[1:]))
             text += f", labels of {shape} values" if shape else ", one value per label"
         if any(self.skipped):
-            text += f"\n        unreadable, left out: {sum(map(len, self.skipped)):,}"
+            text += f"\n        {self.reason}, left out: {sum(map(len, self.skipped)):,}"
         return text
 
 
@@ -113,7 +116,7 @@ def open_data(
     """The images of a run, the same on every process (a collective).
 
     Args:
-        config: what to open, and whether to check it.
+        config: what to open, what to leave out, and whether to check it.
         images: `(config, *, seed)` to the training and the validation images; called on one process before the
             others, so that it may download.
         seed: of the run, for a split.
@@ -134,7 +137,11 @@ def open_data(
         return train, val
 
     train, val = main_first(accelerator, load)
-    origin, skip = val.origin, config.bad_images == "skip"
+    origin, skip, keys = val.origin, config.bad_images == "skip", [[], []]
+    if config.exclude is not None and known is None:  # a run that is continued has them among those that it left out
+        places = on_main(accelerator, excluded.ticked, config.exclude)
+        keys = excluded.keys((train, val), places, data=config.data, table=config.exclude)
+        train, val = (without(part, some) for part, some in zip((train, val), keys, strict=True))
     (train, val), skipped = check_images(
         accelerator,
         (train, val),
@@ -144,8 +151,10 @@ def open_data(
         workers=workers.count,
         timeout=workers.timeout,
     )
+    skipped = [one + other for one, other in zip(keys, skipped, strict=True)]
     assert_same(accelerator, data=train.digest, validation=val.digest)
     data = Data(train, val, config.data, skipped, origin)
+    data.reason = "unreadable" if config.exclude is None else f"excluded by {config.exclude} or unreadable"
     data.content = _same_content(accelerator, data)
     if known is not None:
         data.check_same(known)
