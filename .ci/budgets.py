@@ -18,7 +18,7 @@ LIMITS = {
     "train.py, all lines": 105,
     "README.md, all lines": 200,
     "trainer/ without commands/, lines of code": 8_500,
-    "trainer/commands/, lines of code": 1_700,
+    "trainer/commands/, lines of code": 1_850,
     "flags of train.py": 53,
     "public names": 40,
 }

@@ -74,6 +74,44 @@ def ridge(features: Tensor, labels: Tensor, *, classes: int, strengths: Tensor |
     return Ridge(strengths, right / done, squares / done, best)
 
 
+def left_out(features: Tensor, labels: Tensor, *, classes: int) -> Tensor:
+    """Predict each sample by a fit of all others, at the best strength.
+
+    Args:
+        features: `[N, D]`. labels: int64 `[N]`. classes: C.
+
+    Returns:
+        Scores float64 or float32 `[N, C]`, on the CPU; one-hot targets are 0 and 1.
+    """
+    features, labels = features.cpu(), labels.cpu()
+    found, y = ridge(features, labels, classes=classes), F.one_hot(labels, classes).double()
+    predict = _from_gram if len(features) <= features.shape[1] else _from_covariance
+    _, blocks = predict(features, y, found.strengths[found.best, None])
+    residuals = torch.cat([block[:, 0] for block in blocks])  # [N, C]
+    return y.to(residuals) - residuals
+
+
+def fit(features: Tensor, labels: Tensor, *, classes: int) -> tuple[Tensor, Tensor]:
+    """The linear layer of ridge regression at the best strength.
+
+    Args:
+        features: `[N, D]`. labels: int64 `[N]`. classes: C.
+
+    Returns:
+        Weight float64 `[C, D]` and bias float64 `[C]`, on the CPU.
+    """
+    features, labels = features.cpu(), labels.cpu()
+    found, y = ridge(features, labels, classes=classes), F.one_hot(labels, classes).double()
+    x, strength = features.double(), found.strengths[found.best]
+    mean, y_mean = x.mean(dim=0), y.mean(dim=0)
+    x, y = x - mean, y - y_mean
+    if len(x) <= x.shape[1]:  # the smaller of the two systems
+        weight = x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(len(x), dtype=x.dtype), y)
+    else:
+        weight = torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
+    return weight.T, y_mean - weight.T @ mean
+
+
 _Blocks = tuple[Tensor, Iterator[Tensor]]  # strengths [S], and leave-one-out residuals [B, S, C] of all samples in turn
 
 
