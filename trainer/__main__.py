@@ -1,4 +1,4 @@
-"""Commands for a finished run: inspect, verify, evaluate, predict, export, report; and doctor, for the machine.
+"""Commands for a finished run (inspect, verify, evaluate, predict, export, report), data (audit), a machine (doctor).
 
 python -m trainer inspect resnet50 --train head layer4       # what would train, and where the model would be cut
 python -m trainer predict --run runs/photos-resnet50 new/    # classify the images of a folder
@@ -16,15 +16,20 @@ from tyro.conf import subcommand
 
 import trainer
 from trainer.cli import no_broken_pipe, speaks
-from trainer.commands.arguments import Doctor, Evaluate, Export, Inspect, Predict, Report, Verify
+from trainer.commands.arguments import Audit, Doctor, Evaluate, Export, Inspect, Predict, Report, Verify
 from trainer.processes.console import accept_any_text
 from trainer.processes.launcher import forget_leftovers
 
-_ABOUT = "Commands for a finished run: inspect, verify, evaluate, predict, export, report; doctor checks the machine."
-_COMMANDS = (Inspect, Verify, Evaluate, Predict, Export, Report, Doctor)
+_ABOUT = (
+    "Commands for a finished run: inspect, verify, evaluate, predict, export, report; "
+    "audit checks data, doctor checks the machine."
+)
+_COMMANDS = (Inspect, Verify, Evaluate, Predict, Export, Report, Audit, Doctor)
 
 
-def parse(arguments: list[str] | None = None) -> Inspect | Verify | Evaluate | Predict | Export | Report | Doctor:
+def parse(
+    arguments: list[str] | None = None,
+) -> Inspect | Verify | Evaluate | Predict | Export | Report | Audit | Doctor:
     """The command of a command line; prints help or one message, and exits, if there is none."""
     commands: Any = [Annotated[kind, subcommand(kind.__name__.lower(), prefix_name=False)] for kind in _COMMANDS]
     union: Any = Union[*commands]

@@ -66,6 +66,8 @@ class DataConfig:
     bad_images: Literal["stop", "skip"] = "stop"
     """stop: an image that cannot be read ends the run; skip: such images are found before the first step of a new run
     and left out."""
+    exclude: str | None = None
+    """Table of images to leave out: the audit.csv of `python -m trainer audit`, with ticks in its column exclude."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,8 @@ class Config:
 
 # How a run was started, not what it is: not stored with it, so that its config.yaml repeats the run elsewhere.
 START = ("output", "resume", "overwrite", "override", "config")
-PATHS = ("data", "data_root", "weights", "recipe", "cache_dir", "output", "resume", "config")
+_FILES = ("data", "exclude", "weights", "recipe")
+PATHS = ("data", "data_root", "exclude", "weights", "recipe", "cache_dir", "output", "resume", "config")
 _GROUPS: dict[str, Any] = {group.name: group.default_factory for group in fields(Config) if group.name != "given"}
 GROUP_OF = {setting.name: group for group, kind in _GROUPS.items() for setting in fields(kind)}
 _FORMER = {"name": "model"}  # as checkpoints of version 0.1 call it
@@ -278,7 +281,7 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     for name, group in GROUP_OF.items():
         value = get(config, name)
         # A relative path would mean another file in another folder.
-        if name in ("data", "weights", "recipe") and value and value.lower() != "digits" and os.path.exists(value):
+        if name in _FILES and value and value.lower() != "digits" and os.path.exists(value):
             value = os.path.abspath(value)
         if name not in START:
             stored[group][name] = list(value) if isinstance(value, tuple) else value

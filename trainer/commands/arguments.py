@@ -140,5 +140,28 @@ class Report:
 
 
 @dataclass
+class Audit:
+    """Look for wrong labels, duplicates, leaks from training to validation, and odd images. Also under accelerate
+    launch. Nothing is deleted or moved."""
+
+    data: str | None = None
+    """Images, as for train.py; None: those of the run."""
+    run: str | None = None
+    """A run, or a checkpoint, for its data, model, weights and settings; None: the defaults of train.py."""
+    model: str | None = None
+    """Name of a torchvision model, whose features tell images apart; None: that of the run, or of train.py."""
+    weights: str | None = None
+    """Its weights, as for train.py; the checkpoint of a run for features that were trained on these images."""
+    output: str | None = None
+    """Table to write; None: audit.csv in the run, or here. Ticks of a table that is there are kept."""
+    json: str | None = None
+    """File for all findings, in JSON; - prints them instead of the summary."""
+    workers: int | None = None
+    """Processes that decode images, per process; None: one per core available."""
+    recipe: str | None = None
+    """Python file of a recipe; None: that of the run."""
+
+
+@dataclass
 class Doctor:
     """Check this machine: versions, GPUs, cores, memory, limits, the launcher's variables, two processes that talk."""

@@ -1,7 +1,8 @@
 """Find images that cannot be read before training starts, and report all of them or leave them out."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
@@ -14,6 +15,7 @@ from trainer.processes.workers import batches
 from trainer.text import counted
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def check_images(
@@ -44,7 +46,10 @@ def check_images(
     """
     if known is not None:
         parts, skip = [without(images, keys) for images, keys in zip(parts, known, strict=True)], False
-    bad = _unreadable(accelerator, parts, workers) if check or skip else []
+    bad: list[tuple[int, int, str]] = []
+    if check or skip:
+        reasons = look_at_all(accelerator, parts, _reason, workers)
+        bad = [(part, i, reason) for part, some in enumerate(reasons) for i, reason in enumerate(some) if reason]
     if bad and not skip:
         reasons = "\n  ".join(reason for _, _, reason in bad)
         ways = "Repair or remove them, or leave them out with --bad-images skip."
@@ -60,20 +65,33 @@ def check_images(
     return rest, found if known is None else known
 
 
-def _unreadable(accelerator: Accelerator, parts: Sequence[Images], workers: Workers) -> list[tuple[int, int, str]]:
-    """Part, index and reason of each image that cannot be read, the same on every process."""
+def look_at_all(
+    accelerator: Accelerator, parts: Sequence[Images], look: Callable[[Images, int], T], workers: Workers
+) -> list[list[T]]:
+    """Call `look(images, index)` for each image of each part (a collective).
 
-    def read_share() -> list[tuple[int, int, str]]:
+    Args:
+        accelerator: each process looks at its share.
+        parts: such as the training and the validation images.
+        look: a function of a module, as it is sent to data workers.
+        workers: processes that look.
+
+    Returns:
+        What it returned for each image of each part, the same on every process.
+    """
+    ranks = accelerator.num_processes
+
+    def look_at_share() -> list[list[T]]:
         found = []
-        for part, images in enumerate(parts):
-            share = range(accelerator.process_index, len(images), accelerator.num_processes)
+        for images in parts:
+            share = range(accelerator.process_index, len(images), ranks)
             options = {"num_workers": workers.count, "worker_init_fn": outlast_signals}
-            loader = DataLoader(_Attempts(images), sampler=share, batch_size=32, collate_fn=list, **options)
-            reasons = [reason for batch in batches(loader, timeout=workers.timeout) for reason in batch]
-            found += [(part, index, reason) for index, reason in zip(share, reasons, strict=True) if reason]
+            loader = DataLoader(_Looks(images, look), sampler=share, batch_size=32, collate_fn=list, **options)
+            found.append([value for batch in batches(loader, timeout=workers.timeout) for value in batch])
         return found
 
-    return sorted(found for share in gather(accelerator, on_all(accelerator, read_share)) for found in share)
+    shares = gather(accelerator, on_all(accelerator, look_at_share))
+    return [[shares[i % ranks][part][i // ranks] for i in range(len(images))] for part, images in enumerate(parts)]
 
 
 def without(images: Images, keys: list[str]) -> Images:
@@ -89,21 +107,25 @@ def without(images: Images, keys: list[str]) -> Images:
     left = [index for index, key in enumerate(here) if key not in bad]
     rest = Subset(images, left)
     if not left:
-        raise DataError("no image can be read")
+        raise DataError("no image is left that can be read and is not excluded")
     if isinstance(images.labels, list) and (empty := set(images.labels) - set(rest.labels)):
-        raise DataError(f"no image can be read of {', '.join(images.classes[label] for label in sorted(empty))}")
+        names = ", ".join(images.classes[label] for label in sorted(empty))
+        raise DataError(f"no image is left that can be read and is not excluded of {names}")
     return rest
 
 
-class _Attempts(Dataset):
-    """For each image the reason why it cannot be read; None if it can."""
+def _reason(images: Images, index: int) -> str:
+    """Why an image cannot be read; "" if it can be."""
+    try:
+        images[index]
+    except DataError as error:
+        return str(error)
+    return ""
 
-    def __init__(self, images: Images):
-        self.images = images
 
-    def __getitem__(self, index: int) -> str | None:
-        try:
-            self.images[index]
-        except DataError as error:
-            return str(error)
-        return None
+class _Looks(Dataset):
+    def __init__(self, images: Images, look: Callable[[Images, int], Any]):
+        self.images, self.look = images, look
+
+    def __getitem__(self, index: int) -> Any:
+        return self.look(self.images, index)

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from trainer.config import DataConfig, SpeedConfig
-from trainer.data.bad_images import check_images
+from trainer.data import excluded
+from trainer.data.bad_images import check_images, without
 from trainer.data.content import Content, content, differing
 from trainer.data.datasets import TORCHVISION, Digits, load_torchvision
 from trainer.data.folders import load_folder
@@ -22,7 +23,7 @@ from trainer.data.labels import check_classes, check_labels, match_classes, stra
 from trainer.data.loader import KeyedDataset, Workers
 from trainer.data.transforms import InputSpec, check_pixels, is_random
 from trainer.errors import DataError, UsageError
-from trainer.processes.together import assert_same, gather, main_first, on_each_machine
+from trainer.processes.together import assert_same, gather, main_first, on_each_machine, on_main
 from trainer.text import counted, listed
 
 logger = logging.getLogger(__name__)
@@ -36,9 +37,10 @@ class Data:
         train: the training images.
         val: the validation images.
         name: the data as the user gave it, such as a folder.
-        skipped: keys of the unreadable images that were left out, for training and for validation.
+        skipped: keys of the images that were left out, unreadable or excluded, for training and for validation.
         origin: where the validation images come from, as text; "" if unknown.
         content: the `content.content` of the training and of the validation images; empty if it was not computed.
+        reason: why images were left out, as text.
     """
 
     train: Images
@@ -47,6 +49,7 @@ class Data:
     skipped: list[list[str]] = field(default_factory=lambda: [[], []])
     origin: str = ""
     content: list[Content] = field(default_factory=list)
+    reason: str = "unreadable"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -100,7 +103,7 @@ class Data:
             shape = "×".join(map(str, self.train.labels.shape[1:]))
             text += f", labels of {shape} values" if shape else ", one value per label"
         if any(self.skipped):
-            text += f"\n        unreadable, left out: {sum(map(len, self.skipped)):,}"
+            text += f"\n        {self.reason}, left out: {sum(map(len, self.skipped)):,}"
         return text
 
 
@@ -117,7 +120,7 @@ def open_data(
 
     Args:
         accelerator: of the run.
-        config: the data, and whether every image is decoded once to check it.
+        config: the data, what to leave out, and whether every image is decoded once to check it.
         images: the function of the recipe, `(config, *, seed)` → training and validation images. It is called on one
             process before the others, so it may download.
         seed: seed of the run, for the split.
@@ -137,7 +140,11 @@ def open_data(
         return train, val
 
     train, val = main_first(accelerator, load)
-    origin, skip = val.origin, config.bad_images == "skip"
+    origin, skip, keys = val.origin, config.bad_images == "skip", [[], []]
+    if config.exclude is not None and known is None:  # a run that is continued has them among those that it left out
+        places = on_main(accelerator, excluded.ticked, config.exclude)
+        keys = excluded.keys((train, val), places, data=config.data, table=config.exclude)
+        train, val = (without(part, some) for part, some in zip((train, val), keys, strict=True))
     (train, val), skipped = check_images(
         accelerator,
         (train, val),
@@ -146,8 +153,10 @@ def open_data(
         known=None if known is None else known.get("skipped", [[], []]),
         workers=workers,
     )
+    skipped = [one + other for one, other in zip(keys, skipped, strict=True)]
     assert_same(accelerator, data=train.digest, validation=val.digest)
     data = Data(train, val, config.data, skipped, origin)
+    data.reason = "unreadable" if config.exclude is None else f"excluded by {config.exclude} or unreadable"
     data.content = _same_content(accelerator, data)
     if known is not None:
         data.check_same(known)

@@ -60,8 +60,7 @@ def ridge(features: Tensor, labels: Tensor, *, classes: int, strengths: Tensor |
     if features.device.type == "mps":  # it has no float64
         features, labels = features.cpu(), labels.cpu()
     y = F.one_hot(labels, classes).double()
-    predict = _from_gram if len(features) <= features.shape[1] else _from_covariance
-    strengths, blocks = predict(features, y, strengths)
+    strengths, blocks = _predict(features, y, strengths)
     right, squares = torch.zeros_like(strengths), torch.zeros_like(strengths)
     done = 0
     for residuals in blocks:  # [B, S, C]
@@ -74,7 +73,20 @@ def ridge(features: Tensor, labels: Tensor, *, classes: int, strengths: Tensor |
     return Ridge(strengths, right / done, squares / done, best)
 
 
+def left_out(features: Tensor, labels: Tensor, *, classes: int, strength: float) -> Tensor:
+    """The predictions float64 `[N, C]` of samples, each by a fit of all others at one strength; see `ridge`."""
+    if features.device.type == "mps":
+        features, labels = features.cpu(), labels.cpu()
+    y = F.one_hot(labels, classes).double()
+    _, blocks = _predict(features, y, torch.tensor([strength], dtype=torch.float64))
+    return y - torch.cat([residuals[:, 0].double() for residuals in blocks])
+
+
 _Blocks = tuple[Tensor, Iterator[Tensor]]  # strengths [S], and leave-one-out residuals [B, S, C] of all samples in turn
+
+
+def _predict(features: Tensor, y: Tensor, strengths: Tensor | None) -> _Blocks:
+    return (_from_gram if len(features) <= features.shape[1] else _from_covariance)(features, y, strengths)
 
 
 def _from_covariance(features: Tensor, y: Tensor, strengths: Tensor | None) -> _Blocks:

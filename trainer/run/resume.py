@@ -24,7 +24,7 @@ from trainer.text import counted
 
 # What a resumed run must share with the run that it continues.
 _OVERRIDABLE = ("augment", "views", "image_size", "batch_size", "seed")  # the checkpoint would refuse the others
-_FIXED = (*_OVERRIDABLE, "val_fraction", "bad_images", "model", "train", "optimizer")
+_FIXED = (*_OVERRIDABLE, "val_fraction", "bad_images", "exclude", "model", "train", "optimizer")
 
 
 def open_run(accelerator: Accelerator, config: Config) -> tuple[Config, Run]:
