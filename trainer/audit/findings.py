@@ -138,6 +138,7 @@ def examine(
         hits = held_out_hits(*sides, classes=len(classes)).double()
         others = hits[~leaks[train:]]
         validation, rest = float(hits.mean()), float(others.mean()) if len(others) else None
+    rows = [replace(row, score=round(row.score, 4)) for row in rows]
     return ordered(rows), Accuracy(validation, rest, left_out.accuracy)
 
 
@@ -177,12 +178,14 @@ def summarise(rows: Sequence[Row], accuracy: Accuracy | None = None) -> list[Fin
             without = "and there are no others" if rest is None else f"{rest:.1%} of the others"
             what += f"; a ridge head gets {accuracy.validation:.1%} of validation right, {without}"
         if kind == "label" and accuracy:
-            what += f"; the features get {accuracy.left_out:.1%} of all images right"
+            what += f"; the features get {accuracy.left_out:.1%} of all right, the fewer the more false alarms"
         found.append(Finding(what, [_shown(row) for row in some[:_WORST]], advice))
     return found
 
 
 def _shown(row: Row) -> str:
     labels = f"{row.given} → {row.suggested}" if row.suggested else row.given
-    image = f"{row.path} = {row.other}" if row.other and row.finding != "unreadable" else row.path or labels
+    image = row.path or labels
+    if row.other and row.finding != "unreadable":
+        image += f" {'=' if row.score == 1 else '≈'} {row.other}"
     return f"{image}  ({f'{labels}, ' * bool(row.path and row.suggested)}{row.score:.3g})"
