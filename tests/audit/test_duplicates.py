@@ -65,11 +65,11 @@ def test_exact_copies_are_of_the_first():
 
 
 def test_few_digits_are_taken_for_copies(digits):
-    """No digit is there twice: measured, 7 of 1,797 are taken for copies."""
+    """No digit is there twice: measured, 5 of 1,797 are taken for copies."""
     near = Neighbours.of(digits.features)
     found = duplicates(digits.prints, near, range(1797), train=digits.train)
     assert not any(one.exact for one in found)
-    assert len(found) <= 7
+    assert len(found) <= 5
     assert all(one.of < one.image for one in found)
 
 

@@ -7,7 +7,7 @@ from torchvision.transforms import v2
 from trainer.audit.shapes import cut_away, visible
 from trainer.data.transforms import InputSpec
 
-CROP = InputSpec(56, 64, (0.5,) * 3, (0.5,) * 3).eval_transform()
+CROP = InputSpec(56, 64).eval_transform()
 
 
 @pytest.mark.parametrize(

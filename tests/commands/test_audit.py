@@ -7,7 +7,7 @@ import shutil
 import pytest
 from PIL import Image
 
-from trainer.audit import Effect, Row, overview, with_ticks
+from trainer.audit import Accuracy, Row, summarise, with_ticks
 from trainer.commands.arguments import Audit
 from trainer.commands.audit import audit
 from trainer.data.datasets import Digits
@@ -153,11 +153,11 @@ def test_ticks_are_kept_though_their_rows_are_gone():
 def test_the_summary_has_the_most_important_first():
     rows = [Row("", "few images", 3, "cat"), Row("v.jpg", "leak", 1.0, "a", "b", "t.jpg")]
     rows += [Row(f"{n}.jpg", "outlier", 9.0 - n) for n in range(8)]
-    leak, outlier, few = overview(rows, Effect(0.9, 0.8, 0.95))
+    leak, outlier, few = summarise(rows, Accuracy(0.9, 0.8, 0.95))
     assert leak.what.endswith(
         "1 under another label); a ridge head gets 90.0% of validation right, 80.0% of the others"
     )
     assert leak.images == ["v.jpg = t.jpg  (a → b, 1)"]
     assert (outlier.what, len(outlier.images)) == ("8 images unlike all others", 5)
     assert few.images == ["cat  (3)"]
-    assert overview([]) == []
+    assert summarise([]) == []

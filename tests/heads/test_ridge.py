@@ -7,7 +7,7 @@ from torch import Tensor
 
 from trainer.errors import DataError
 from trainer.heads import ridge as module
-from trainer.heads.ridge import fit, left_out, ridge
+from trainer.heads.ridge import left_out, ridge
 
 
 def data(samples: int, size: int, *, classes: int = 4) -> tuple[Tensor, Tensor]:
@@ -42,6 +42,7 @@ def test_a_sample_left_out_is_predicted_as_by_a_fit_without_it(monkeypatch, samp
             weight, bias = solved(x[rest], labels[rest], strength)
             expected.append(weight @ x[out] + bias)
         scores = torch.stack(expected)
+        torch.testing.assert_close(left_out(x, labels, classes=4, strength=strength), scores, rtol=1e-8, atol=1e-8)
         assert found.accuracy[place] == (scores.argmax(dim=1) == labels).double().mean()
         error = (F.one_hot(labels, 4) - scores).square().mean()
         torch.testing.assert_close(found.error[place], error, rtol=1e-8, atol=0)

@@ -1,9 +1,9 @@
 from .features import features_of as features_of
-from .findings import Effect as Effect
+from .findings import Accuracy as Accuracy
 from .findings import Row as Row
 from .findings import examine as examine
 from .findings import ordered as ordered
-from .findings import overview as overview
+from .findings import summarise as summarise
 from .findings import with_ticks as with_ticks
 from .prints import Print as Print
 from .prints import take_prints as take_prints

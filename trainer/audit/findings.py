@@ -1,6 +1,5 @@
 """All that is found in the data: rows of a table, and a few lines for people, the most important first."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -15,6 +14,7 @@ from trainer.audit.neighbours import Neighbours
 from trainer.audit.outliers import outliers
 from trainer.audit.prints import Print
 from trainer.audit.shapes import cut_away
+from trainer.data.images import Images
 from trainer.errors import DataError
 from trainer.report import Finding
 from trainer.text import counted
@@ -64,59 +64,62 @@ class Row:
     exclude: str = ""
 
 
-class Effect(NamedTuple):
-    """Accuracy of a ridge head of the training images: on all validation images, and on those not in training; and
-    on all images, each when it is left out. NaN of no image."""
+class Accuracy(NamedTuple):
+    """Shares that ridge heads on the features get right; None of no image.
 
-    all: float
-    without_leaks: float
+    Attributes:
+        validation: by a head of the training images. validation_without_leaks: of those not in training as well.
+        left_out: of all images, each by a head of the others.
+    """
+
+    validation: float | None
+    validation_without_leaks: float | None
     left_out: float
 
 
 def examine(
     features: Tensor,
-    labels: Tensor,
-    prints: Sequence[Print],
-    names: Sequence[str],
+    parts: Sequence[Images],
+    prints: Sequence[Sequence[Print]],
     *,
-    train: int,
-    classes: Sequence[str],
+    name: Callable[[Images, int], str],
     transform: Callable[[Tensor], Tensor],
-    like: Tensor,
     most: float = 255.0,
-) -> tuple[list[Row], Effect]:
-    """Everything that can be found in N images that can be read, those of training first.
+) -> tuple[list[Row], Accuracy]:
+    """Everything that can be found in N images, the most important first.
 
     Args:
-        features: `[N, D]`, of a frozen trunk.
-        labels: int64 `[N]`. names: of the images.
-        prints: of the images.
-        train: how many of them are of training.
-        classes: names of the labels.
-        transform: of evaluation. like: an image as decoded. most: the value of a pixel that counts as 1.
+        features: `[N, D]`, of a frozen trunk; see `features_of`.
+        parts: the training and the validation images, which can all be read, with classes as labels.
+        prints: of each part; see `take_prints`.
+        name: of an image, for the table.
+        transform: of evaluation.
+        most: the value of a pixel that counts as 1.
 
     Raises:
-        DataError: there are fewer than three images, or a feature is not finite.
+        DataError: there are fewer than three images, or they are all equal, or a feature is not finite.
     """
-    if len(names) < 3 or train < 2:
-        raise DataError(f"{train} training and {len(names) - train} validation images: an audit needs some more.")
-    first = first_of(prints)
+    train, every = len(parts[0]), [one for some in prints for one in some]
+    first = first_of(every)
     kept = [image for image, of in enumerate(first) if image == of]
-    if len(kept) < 2:
-        raise DataError("all images are the same, pixel for pixel.")
+    if train < 2 or len(kept) < 3:
+        raise DataError(
+            f"{train} training images, {len(kept):,} different ones in all: an audit needs 2 and 3 at least."
+        )
+    classes, labels = parts[0].classes, torch.tensor([label for images in parts for label in images.labels])
+    given: list[str] = [classes[int(label)] for label in labels]
+    names = [name(images, index) for images in parts for index in range(len(images))]
     unique = features[torch.tensor(kept, device=features.device)]
     near = Neighbours.of(unique)
-    given: list[str] = [classes[int(label)] for label in labels]
     rows, leaks = list[Row](), torch.zeros(len(names), dtype=torch.bool)
-    for image, of, exact, similarity in duplicates(prints, near, kept, train=train):
+    for image, of, exact, similarity in duplicates(every, near, kept, train=train):
         leaks[image] = leak = of < train <= image
         other = "" if given[image] == given[of] else given[of]
-        # The third decimal: of exact ones alone it is 1.
-        score = 1.0 if exact else min(similarity, 0.999)
+        score = 1.0 if exact else min(similarity, 0.999)  # 1 of exact ones alone
         rows.append(Row(names[image], "leak" if leak else "duplicate", score, given[image], other, names[of]))
     rows.sort(key=lambda row: (not row.suggested, -row.score))
     rows += [Row("", "class names", 1.0, *pair) for pair in same_names(classes)]
-    left_out = LeftOut.of(features, labels, classes=len(classes))
+    left_out = LeftOut.of(features, labels.to(features.device), classes=len(classes))
     at = {image: row for row, image in enumerate(kept)}
     around = torch.tensor(kept)[near.index[[at[of] for of in first]]]  # [N, K]
     for image in left_out.suspects(around):
@@ -126,14 +129,17 @@ def examine(
     pairs = alike(left_out.confusion(len(classes)), classes)
     rows += [Row("", "classes alike", share, one, other) for one, other, share in pairs]
     rows += [Row("", "few images", count, name) for name, count in too_few(labels[:train].tolist(), classes)]
-    shapes = cut_away(transform, [one.shape for one in prints], like=like, most=most)
+    shapes = cut_away(transform, [one.shape for one in every], like=parts[0][0], most=most)
     rows += [Row(names[image], "crop", share, given[image]) for image, share in shapes]
-    effect = Effect(math.nan, math.nan, left_out.accuracy)
+    validation: float | None = None
+    rest: float | None = None
     if train < len(names):
-        parts = (features[:train], labels[:train]), (features[train:], labels[train:])
-        hits = held_out_hits(*parts, classes=len(classes)).double()
-        effect = Effect(float(hits.mean()), float(hits[~leaks[train:]].mean()), left_out.accuracy)  # NaN of none
-    return ordered(rows), effect
+        sides = [(features[some], labels[some].to(features.device)) for some in (slice(train), slice(train, None))]
+        hits = held_out_hits(*sides, classes=len(classes)).double()
+        others = hits[~leaks[train:]]
+        validation, rest = float(hits.mean()), float(others.mean()) if len(others) else None
+    rows = [replace(row, score=round(row.score, 4)) for row in rows]
+    return ordered(rows), Accuracy(validation, rest, left_out.accuracy)
 
 
 def ordered(rows: Sequence[Row]) -> list[Row]:
@@ -156,7 +162,7 @@ def with_ticks(rows: Sequence[Row], old: Sequence[Mapping[str, str]]) -> tuple[l
     return kept + [row for row in gone if row.path in ticks.keys() - here and row.exclude.strip()], len(ticks)
 
 
-def overview(rows: Sequence[Row], effect: Effect | None = None) -> list[Finding]:
+def summarise(rows: Sequence[Row], accuracy: Accuracy | None = None) -> list[Finding]:
     """What was found of each kind: how many, the worst by name, and what to do."""
     found = []
     for kind, (words, advice) in _WORDS.items():
@@ -167,18 +173,19 @@ def overview(rows: Sequence[Row], effect: Effect | None = None) -> list[Finding]
         if kind in ("leak", "duplicate"):
             others = sum(bool(row.suggested) for row in some)
             what += f" ({sum(row.score == 1 for row in some):,} pixel for pixel, {others:,} under another label)"
-        if effect and kind == "leak":
-            rest = (
-                f"{effect.without_leaks:.1%} of the others" if effect.without_leaks >= 0 else "and there are no others"
-            )
-            what += f"; a ridge head gets {effect.all:.1%} of validation right, {rest}"
-        if effect and kind == "label":
-            what += f"; the features get {effect.left_out:.1%} of all images right"
+        if kind == "leak" and accuracy and accuracy.validation is not None:
+            rest = accuracy.validation_without_leaks
+            without = "and there are no others" if rest is None else f"{rest:.1%} of the others"
+            what += f"; a ridge head gets {accuracy.validation:.1%} of validation right, {without}"
+        if kind == "label" and accuracy:
+            what += f"; the features get {accuracy.left_out:.1%} of all right, the fewer the more false alarms"
         found.append(Finding(what, [_shown(row) for row in some[:_WORST]], advice))
     return found
 
 
 def _shown(row: Row) -> str:
     labels = f"{row.given} → {row.suggested}" if row.suggested else row.given
-    image = f"{row.path} = {row.other}" if row.other and row.finding != "unreadable" else row.path or labels
+    image = row.path or labels
+    if row.other and row.finding != "unreadable":
+        image += f" {'=' if row.score == 1 else '≈'} {row.other}"
     return f"{image}  ({f'{labels}, ' * bool(row.path and row.suggested)}{row.score:.3g})"

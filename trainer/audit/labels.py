@@ -8,9 +8,10 @@ where two witnesses agree: that margin, and its neighbours.
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from trainer.heads.ridge import fit, left_out
+from trainer.heads.ridge import left_out, ridge
 
 _MARGIN = 0.3  # by which the score of another class is higher; one-hot targets are 0 and 1
 _SHARE = 0.2  # of the neighbours, which have the label at most
@@ -33,7 +34,8 @@ class LeftOut:
     @classmethod
     def of(cls, features: Tensor, labels: Tensor, *, classes: int) -> "LeftOut":
         """By ridge regression: features `[N, D]`, labels int64 `[N]`."""
-        scores, labels = left_out(features, labels, classes=classes), labels.cpu()
+        scores = left_out(features, labels, classes=classes, strength=_strength(features, labels, classes)).cpu()
+        labels = labels.cpu()
         own = scores.gather(1, labels[:, None])[:, 0]
         best = scores.scatter(1, labels[:, None], -torch.inf).max(dim=1)
         return cls(labels, best.indices, best.values - own)
@@ -65,6 +67,16 @@ class LeftOut:
 
 def held_out_hits(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], *, classes: int) -> Tensor:
     """Which images `[M]` of validation a ridge head of the training images gets right; features and labels of each."""
-    weight, bias = fit(*train, classes=classes)
-    features, labels = val
-    return (features.to(weight) @ weight.T + bias).argmax(dim=1) == labels.cpu()
+    (x, labels), (other, expected) = train, val
+    strength = _strength(x, labels, classes)
+    x, labels, other = x.cpu().double(), labels.cpu(), other.cpu().double()
+    y, mean = F.one_hot(labels, classes).double(), x.mean(dim=0)
+    gram = (x - mean).T @ (x - mean) + strength * torch.eye(x.shape[1], dtype=x.dtype)
+    weight = torch.linalg.solve(gram, (x - mean).T @ (y - y.mean(dim=0)))  # [D, C]
+    return ((other - mean) @ weight + y.mean(dim=0)).argmax(dim=1) == expected.cpu()
+
+
+def _strength(features: Tensor, labels: Tensor, classes: int) -> float:
+    """The strength of ridge regression at which left-out images are predicted best."""
+    fit = ridge(features, labels, classes=classes)
+    return float(fit.strengths[fit.best])

@@ -15,17 +15,22 @@ class Neighbours:
 
     Attributes:
         index: int64 `[N, K]`.
-        distance: `[N, K]`, between centred features of length 1: 0 to 2.
+        distance: `[N, K]`, between features of length 1: 0 to 2.
     """
 
     index: Tensor
     distance: Tensor
 
     @classmethod
-    def of(cls, features: Tensor, *, k: int = 10) -> "Neighbours":
-        """Those of features `[N, D]`, in the CPU's memory; fewer than `k` where there are not as many images."""
-        # Features after a ReLU all point the same way: without their mean, cosines tell more.
-        bank = F.normalize(features.float() - features.float().mean(dim=0))
+    def of(cls, features: Tensor, *, k: int = 10, centred: bool = True) -> "Neighbours":
+        """Those of features `[N, D]`, in the CPU's memory; fewer than `k` where there are not as many images.
+
+        Args:
+            centred: take the mean away before: features after a ReLU all point the same way, and cosines then tell
+                more.
+        """
+        features = features.float()
+        bank = F.normalize(features - features.mean(dim=0) if centred else features)
         k, index, distance = min(k, len(bank) - 1), [], []
         for first in range(0, len(bank), _ROWS):
             similar = bank[first : first + _ROWS] @ bank.T  # [B, N]

@@ -1,8 +1,8 @@
 """Images unlike all others."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from trainer.audit.neighbours import Neighbours
 
 _FAR = 3.5  # of the modified z-score (Iglewicz & Hoaglin, How to Detect and Handle Outliers, 1993)
 
@@ -20,11 +20,7 @@ def outliers(features: Tensor, *, k: int = 5) -> list[tuple[int, float]]:
     """
     if len(features) < k + 2:
         return []
-    bank = F.normalize(features.float())
-    similar = [
-        (rows @ bank.T).topk(k + 1).values[:, -1] for rows in bank.split(1024)
-    ]  # each is its own first neighbour
-    far = (2 - 2 * torch.cat(similar).cpu()).clamp(min=0).sqrt().clamp(min=1e-6).log()
+    far = Neighbours.of(features, k=k, centred=False).distance[:, -1].clamp(min=1e-6).log()
     gap = far - far.median()
     scores = gap / (1.4826 * gap.abs().median()).clamp(min=1e-6)
     order = scores.argsort(descending=True, stable=True).tolist()

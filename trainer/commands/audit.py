@@ -1,18 +1,16 @@
 """What the data says about itself: `python -m trainer audit`."""
 
 import json
-import math
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from trainer import cli
 from trainer import config as settings
-from trainer.audit import Row, examine, features_of, ordered, overview, take_prints, with_ticks
+from trainer.audit import Row, examine, features_of, ordered, summarise, take_prints, with_ticks
 from trainer.commands import loaded as loading
 from trainer.commands import output
 from trainer.commands.arguments import Audit
@@ -47,57 +45,41 @@ def audit(command: Audit) -> dict[str, Any]:
     recipe, accelerator = load_recipe(config.run.recipe), start(exact=config.run.exact)
     given = command.output or str(home / "audit.csv")
     file = Path(given).expanduser()
-    json_file, _ = on_main(accelerator, lambda: (output.target(command.json), output.target(given)))
+
+    def targets() -> tuple[Path | None, list[dict[str, str]]]:  # before the work
+        output.target(given)
+        return output.target(command.json), read_table(file) if file.exists() else []
+
+    json_file, old = on_main(accelerator, targets)
     workers = Workers.of(accelerator, command.workers, minutes=config.run.timeout)
-    data = open_data(
-        accelerator, replace(config.data, check_data=False, bad_images="stop"), recipe.images, seed=config.run.seed
-    )
+    what = replace(config.data, check_data=False, bad_images="stop")
+    data = open_data(accelerator, what, recipe.images, seed=config.run.seed)
     if isinstance(data.train.labels, Tensor):
         raise UsageError("labels are no classes: an audit needs one class for each image.")
-    parts = [data.train, data.val]
-    prints = take_prints(accelerator, parts, workers=workers)
     name = partial(place, data=config.data.data)
-    unreadable, names = [], []
-    for part, (images, some) in enumerate(zip(parts, prints, strict=True)):
+    parts, prints, unreadable = [], [], []
+    sides = data.train, data.val
+    for images, some in zip(sides, take_prints(accelerator, sides, workers=workers), strict=True):
+        parts.append(Subset(images, [index for index, one in enumerate(some) if not one.error]))
+        prints.append([one for one in some if not one.error])
         unreadable += [Row(name(images, i), "unreadable", 1.0, other=p.error) for i, p in enumerate(some) if p.error]
-        good = [index for index, one in enumerate(some) if not one.error]
-        names += [name(images, index) for index in good]
-        parts[part], prints[part] = Subset(images, good), [some[index] for index in good]
     classifier = main_first(accelerator, recipe.classifier, config, data.classes)
     _, transform = recipe.transforms(config.data, classifier.input)
-    features = features_of(
-        accelerator, classifier, parts, transform=transform, config=config.speed, workers=workers
-    )  # [N, D]
+    features = features_of(accelerator, classifier, parts, transform=transform, config=config.speed, workers=workers)
 
     def finish() -> dict[str, Any]:
-        labels = torch.tensor([*parts[0].labels, *parts[1].labels], device=features.device)
-        found, effect = examine(
-            features,
-            labels,
-            [*prints[0], *prints[1]],
-            names,
-            train=len(parts[0]),
-            classes=data.classes,
-            transform=transform,
-            like=parts[0][0],
-            most=classifier.input.max_value,
-        )
+        most = classifier.input.max_value
+        found, accuracy = examine(features, parts, prints, name=name, transform=transform, most=most)
         rows = ordered([*unreadable, *found])
-        table, marked = with_ticks(rows, read_table(file) if file.exists() else [])
-        accuracy = {"validation": effect.all, "validation_without_leaks": effect.without_leaks}
-        result = {
-            "data": config.data.data,
-            "model": config.model.model,
-            "images": [len(part) for part in parts],
-            "accuracy": {name: None if math.isnan(value) else value for name, value in accuracy.items()}
-            | {"left_out": effect.left_out},
-            "findings": [asdict(row) for row in table],
-        }
-        files.replace(file, output.as_csv([asdict(row) for row in table] or [asdict(Row("", "", 0.0))]))
+        table, marked = with_ticks(rows, old)
+        findings = [asdict(row) for row in table]
+        result = {"data": config.data.data, "model": config.model.model, "images": [len(part) for part in parts]}
+        result |= {"accuracy": accuracy._asdict(), "findings": findings}
         text = json.dumps(result, indent=1, ensure_ascii=False)
+        files.replace(file, output.as_csv(findings or [asdict(Row("", "", 0.0))]))
         if json_file:
             output.write(json_file, text.encode())
-        print_main(text if command.json == "-" else _text(data, classifier, overview(rows, effect), given, marked))
+        print_main(text if command.json == "-" else _text(data, classifier, summarise(rows, accuracy), given, marked))
         return result
 
     return on_main(accelerator, finish)

@@ -48,8 +48,8 @@ def check_images(
         parts, skip = [without(images, keys) for images, keys in zip(parts, known, strict=True)], False
     bad: list[tuple[int, int, str]] = []
     if check or skip:
-        found = look_at_all(accelerator, parts, _reason, workers)
-        bad = [(part, i, reason) for part, some in enumerate(found) for i, reason in enumerate(some) if reason]
+        reasons = look_at_all(accelerator, parts, _reason, workers)
+        bad = [(part, i, reason) for part, some in enumerate(reasons) for i, reason in enumerate(some) if reason]
     if bad and not skip:
         reasons = "\n  ".join(reason for _, _, reason in bad)
         ways = "Repair or remove them, or leave them out with --bad-images skip."
@@ -68,33 +68,30 @@ def check_images(
 def look_at_all(
     accelerator: Accelerator, parts: Sequence[Images], look: Callable[[Images, int], T], workers: Workers
 ) -> list[list[T]]:
-    """Call `look(images, index)` for each image of each part, each process its share (a collective).
+    """Call `look(images, index)` for each image of each part (a collective).
 
     Args:
-        accelerator: of the run.
-        parts: images.
+        accelerator: each process looks at its share.
+        parts: such as the training and the validation images.
         look: a function of a module, as it is sent to data workers.
-        workers: processes that call it.
+        workers: processes that look.
 
     Returns:
-        What it returned, the same on every process.
+        What it returned for each image of each part, the same on every process.
     """
     ranks = accelerator.num_processes
 
-    def share() -> list[list[T]]:
+    def look_at_share() -> list[list[T]]:
         found = []
         for images in parts:
-            mine = range(accelerator.process_index, len(images), ranks)
+            share = range(accelerator.process_index, len(images), ranks)
             options = {"num_workers": workers.count, "worker_init_fn": outlast_signals}
-            loader = DataLoader(_Looks(images, look), sampler=mine, batch_size=32, collate_fn=list, **options)
+            loader = DataLoader(_Looks(images, look), sampler=share, batch_size=32, collate_fn=list, **options)
             found.append([value for batch in batches(loader, timeout=workers.timeout) for value in batch])
         return found
 
-    shares = gather(accelerator, on_all(accelerator, share))
-    return [
-        [shares[index % ranks][part][index // ranks] for index in range(len(images))]
-        for part, images in enumerate(parts)
-    ]
+    shares = gather(accelerator, on_all(accelerator, look_at_share))
+    return [[shares[i % ranks][part][i // ranks] for i in range(len(images))] for part, images in enumerate(parts)]
 
 
 def without(images: Images, keys: list[str]) -> Images:

@@ -40,7 +40,7 @@ class Data:
         skipped: keys of the images that were left out, unreadable or excluded, for training and for validation.
         origin: where the validation images come from, as text; "" if unknown.
         content: the `content.content` of the training and of the validation images; empty if it was not computed.
-        reason: why images were left out.
+        reason: why images were left out, as text.
     """
 
     train: Images
@@ -120,7 +120,7 @@ def open_data(
 
     Args:
         accelerator: of the run.
-        config: the data, the images to leave out, and whether every image is decoded once to check it.
+        config: the data, what to leave out, and whether every image is decoded once to check it.
         images: the function of the recipe, `(config, *, seed)` → training and validation images. It is called on one
             process before the others, so it may download.
         seed: seed of the run, for the split.

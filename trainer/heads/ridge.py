@@ -60,8 +60,7 @@ def ridge(features: Tensor, labels: Tensor, *, classes: int, strengths: Tensor |
     if features.device.type == "mps":  # it has no float64
         features, labels = features.cpu(), labels.cpu()
     y = F.one_hot(labels, classes).double()
-    predict = _from_gram if len(features) <= features.shape[1] else _from_covariance
-    strengths, blocks = predict(features, y, strengths)
+    strengths, blocks = _predict(features, y, strengths)
     right, squares = torch.zeros_like(strengths), torch.zeros_like(strengths)
     done = 0
     for residuals in blocks:  # [B, S, C]
@@ -74,45 +73,20 @@ def ridge(features: Tensor, labels: Tensor, *, classes: int, strengths: Tensor |
     return Ridge(strengths, right / done, squares / done, best)
 
 
-def left_out(features: Tensor, labels: Tensor, *, classes: int) -> Tensor:
-    """Predict each sample by a fit of all others, at the best strength.
-
-    Args:
-        features: `[N, D]`. labels: int64 `[N]`. classes: C.
-
-    Returns:
-        Scores float64 or float32 `[N, C]`, on the CPU; one-hot targets are 0 and 1.
-    """
-    features, labels = features.cpu(), labels.cpu()
-    found, y = ridge(features, labels, classes=classes), F.one_hot(labels, classes).double()
-    predict = _from_gram if len(features) <= features.shape[1] else _from_covariance
-    _, blocks = predict(features, y, found.strengths[found.best, None])
-    residuals = torch.cat([block[:, 0] for block in blocks])  # [N, C]
-    return y.to(residuals) - residuals
-
-
-def fit(features: Tensor, labels: Tensor, *, classes: int) -> tuple[Tensor, Tensor]:
-    """The linear layer of ridge regression at the best strength.
-
-    Args:
-        features: `[N, D]`. labels: int64 `[N]`. classes: C.
-
-    Returns:
-        Weight float64 `[C, D]` and bias float64 `[C]`, on the CPU.
-    """
-    features, labels = features.cpu(), labels.cpu()
-    found, y = ridge(features, labels, classes=classes), F.one_hot(labels, classes).double()
-    x, strength = features.double(), found.strengths[found.best]
-    mean, y_mean = x.mean(dim=0), y.mean(dim=0)
-    x, y = x - mean, y - y_mean
-    if len(x) <= x.shape[1]:  # the smaller of the two systems
-        weight = x.T @ torch.linalg.solve(x @ x.T + strength * torch.eye(len(x), dtype=x.dtype), y)
-    else:
-        weight = torch.linalg.solve(x.T @ x + strength * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
-    return weight.T, y_mean - weight.T @ mean
+def left_out(features: Tensor, labels: Tensor, *, classes: int, strength: float) -> Tensor:
+    """The predictions float64 `[N, C]` of samples, each by a fit of all others at one strength; see `ridge`."""
+    if features.device.type == "mps":
+        features, labels = features.cpu(), labels.cpu()
+    y = F.one_hot(labels, classes).double()
+    _, blocks = _predict(features, y, torch.tensor([strength], dtype=torch.float64))
+    return y - torch.cat([residuals[:, 0].double() for residuals in blocks])
 
 
 _Blocks = tuple[Tensor, Iterator[Tensor]]  # strengths [S], and leave-one-out residuals [B, S, C] of all samples in turn
+
+
+def _predict(features: Tensor, y: Tensor, strengths: Tensor | None) -> _Blocks:
+    return (_from_gram if len(features) <= features.shape[1] else _from_covariance)(features, y, strengths)
 
 
 def _from_covariance(features: Tensor, y: Tensor, strengths: Tensor | None) -> _Blocks:
