@@ -84,31 +84,3 @@ def test_features_that_tell_nothing_or_are_no_numbers():
             ridge(torch.full((3, size), torch.nan), labels, classes=2)
     with pytest.raises(DataError, match="at least 2"):
         ridge(torch.ones(1, 5), labels[:1], classes=2)
-
-
-@pytest.mark.parametrize("shape", [(12, 30), (40, 6)])
-def test_left_out_scores_are_those_of_a_fit_without_the_sample(shape):
-    generator = torch.Generator().manual_seed(3)
-    x, labels = torch.randn(shape, generator=generator), torch.arange(shape[0]) % 3
-    scores = left_out(x, labels, classes=3)
-    found = ridge(x, labels, classes=3)
-    strength = found.strengths[found.best]
-    for index in (0, shape[0] - 1):
-        rest = torch.arange(shape[0]) != index
-        kept, y = x[rest].double(), torch.nn.functional.one_hot(labels[rest], 3).double()
-        centred = kept - kept.mean(dim=0)
-        matrix = centred.T @ centred + strength * torch.eye(shape[1], dtype=torch.float64)
-        weight = torch.linalg.solve(matrix, centred.T @ (y - y.mean(dim=0)))
-        expected = (x[index].double() - kept.mean(dim=0)) @ weight + y.mean(dim=0)
-        torch.testing.assert_close(scores[index].double(), expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("shape", [(12, 30), (40, 6)])
-def test_the_layer_of_a_fit_solves_the_normal_equations(shape):
-    generator = torch.Generator().manual_seed(4)
-    x, labels = torch.randn(shape, generator=generator).double(), torch.arange(shape[0]) % 3
-    weight, bias = fit(x, labels, classes=3)
-    found = ridge(x, labels, classes=3)
-    residual = torch.nn.functional.one_hot(labels, 3) - (x @ weight.T + bias)
-    assert residual.sum(dim=0).abs().max() < 1e-9, "the intercept is not penalised"
-    torch.testing.assert_close(x.T @ residual, found.strengths[found.best] * weight.T)
