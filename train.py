@@ -7,10 +7,11 @@ accelerate launch --config_file accelerate_configs/gpu.yaml train.py --data ~/ph
 """
 
 import trainer
-from trainer.cli import end_at_once, parse
+from trainer.cli import end_at_once, parse, tidy
 from trainer.config import Config, settle_augment, to_dict
 
 
+@tidy()
 def main(config: Config) -> None:
     """One run. The launcher chooses devices, processes and precision; `config` holds every other choice."""
     accelerator, say = trainer.start(exact=config.run.exact, timeout=config.run.timeout), trainer.print_main
@@ -48,7 +49,7 @@ def main(config: Config) -> None:
         sample,
         {"val": val_set, "train": train_set},
         config=config.speed,
-        epochs=int(optim.settled().epochs),
+        epochs=int(optim.settled().epochs) - run.epochs,
         plan=plan,
         exact=exact,
         folder=run.path / "features",
@@ -87,9 +88,9 @@ def main(config: Config) -> None:
                     loop.check(step, config.run)
                 best = loop.finish_epoch(loop.evaluate(val, between=stop.check))
                 logs.end_epoch(loop, best=best)
+                loop.save(run.checkpoints, best=best, keep=config.run.keep)
                 if best:
                     logs.show_predictions(loop, val, val_set, data.classes, recipe.prediction)
-                loop.save(run.checkpoints, best=best, keep=config.run.keep)
         loop.check_frozen()
     say(f"done: {loop}; {run.checkpoints / 'best.pt'}")
 

@@ -68,11 +68,6 @@ def first_sentence(error: Exception) -> str:
     return re.split(r"\. |\n", str(error))[0].rstrip(".")
 
 
-def is_lost_worker(error: BaseException) -> bool:
-    """Whether torch raised an error because a data worker died: its signal handler raises wherever the program is."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-
-
 def explained(error: Exception) -> Exception:
     """Returns torch's error of a data worker that died or hangs as an OSError with advice; other errors as they are."""
     text = str(error).partition("\n")[0].strip()
@@ -92,9 +87,12 @@ class Preempted(BaseException):
     """The run was told to stop; it can be resumed (exit code 75, `EX_TEMPFAIL`).
 
     Like KeyboardInterrupt it is no `Exception`: it may come up anywhere, and code that handles errors must not eat it.
+
+    Attributes:
+        late: this process alone ends, while it waits for images: the others have not agreed on it.
     """
 
-    exit_code = 75
+    exit_code, late = 75, False
 
 
 class Elsewhere(RuntimeError):

@@ -22,8 +22,8 @@ from tqdm.asyncio import tqdm_asyncio
 
 from trainer.data.loader import KeyedDataset
 from trainer.data.transforms import visible
-from trainer.errors import is_lost_worker
 from trainer.metrics import means
+from trainer.processes.preemption import waiting
 from trainer.storage import files
 from trainer.trackers import add_picture, start
 from trainer.trainer import Trainer
@@ -125,7 +125,8 @@ class Logs:
             describe: `prediction` of the recipe: the output of one image → (text, values by name).
         """
         if self.accelerator.is_main_process:
-            self._quietly(self._add_predictions, loop, source, images, classes, describe)
+            with waiting():
+                self._quietly(self._add_predictions, loop, source, images, classes, describe)
 
     def _add_predictions(
         self, loop: Trainer, source: Source, images: KeyedDataset, classes: Sequence[str], describe: Describe
@@ -160,8 +161,6 @@ class Logs:
         try:
             function(*args, **kwargs)
         except Exception as error:  # a full disk, a folder or terminal that is gone, whatever a tracker raises
-            if is_lost_worker(error):
-                raise
             if (kind := type(error).__name__) not in self._broken:
                 log.warning("cannot write logs to %s, training goes on: %s: %s", self.folder, kind, error)
             self._broken.add(kind)
@@ -193,7 +192,9 @@ def prediction_grid(images: Tensor, captions: Sequence[tuple[str, bool, str]]) -
 
 
 def append_metrics(folder: Path, values: dict[str, Any]) -> None:
-    """Add one line to `metrics.jsonl`."""
+    """Add one line to `metrics.jsonl`, unless the folder is another run's now, which the next save reports."""
+    if files.lost_lock(folder / "lock") and folder.is_dir():
+        return
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps(values) + "\n")
 

@@ -82,6 +82,7 @@ class Trainer:
         totals: sums of the metrics of this process in the current epoch.
         metrics: {"train": {...}, "val": {...}, "best": {..., "epoch": n}} of the last finished epoch.
         saved: whether the last save succeeded.
+        within_step: whether sums and buffers count a part of a step already, so that nothing may be saved now.
 
     Raises:
         UsageError: `exact` with a BatchNorm that trains; or the optimizer's parameters are not those that train.
@@ -113,13 +114,12 @@ class Trainer:
         self.step_function, self.metrics_function, self.score = recipe.step(config), recipe.metrics, recipe.score
         checks.check_functions(self.lr, self.step_function)
         self.about, self.fingerprint = {"data": {}, **about}, fingerprint(model)
-        self.epoch = self.step = self.samples = self.skipped_samples = 0
+        self.epoch = self.step = self.samples = self.skipped_samples = self._skipped_in_a_row = 0
         self.rate = 0.0
         self.totals = Totals(accelerator.device)
         self.metrics: dict[str, dict[str, float]] = {}
         self.saved, self._saver = True, checkpoint.Saver()
-        self._outputs_checked = self._epoch_trained = False
-        self._skipped_in_a_row = 0
+        self.within_step = self._outputs_checked = self._epoch_trained = False
         self._scaler_state: dict[str, Any] | None = None  # kept while a run continues without a scaler
         buffers = trained_tensors(model).keys() - self.trainable.keys()
         self._trunk_batch = plan.micro_batch
@@ -237,12 +237,10 @@ class Trainer:
         optimizer = self.optimizer.optimizer if self.accelerator.scaler is None else self.optimizer
         optimizer.step()
         optimizer.zero_grad()
-        self.step += 1
-        self.samples += len(window)
+        self.step, self.samples, self.within_step = self.step + 1, self.samples + len(window), False
         skipped = self.accelerator.scaler is not None and self.accelerator.optimizer_step_was_skipped
         self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
-        if skipped:
-            self.skipped_samples += len(window)
+        self.skipped_samples += len(window) * skipped
         if self._skipped_in_a_row == _MOST_SKIPS:
             self._stop_on(f"the GradScaler skipped {_MOST_SKIPS} steps in a row", window)
 
@@ -257,6 +255,7 @@ class Trainer:
     def backward(self, micro: Micro, batch: Batch, *, scale: float) -> None:
         """Forward and backward of one micro-batch; adds `scale` times the sum of its losses to the gradient."""
         seed_all(random_key(self.seed, "step", self.step, micro.number))
+        self.within_step = True
         outputs = self.step_function(self.tail, batch)
         if not self._outputs_checked:
             check_outputs(outputs, size=len(micro.indices))

@@ -22,10 +22,10 @@ from trainer.processes.preemption import Preemption
 @pytest.fixture
 def guard():
     """A function that makes one; the handlers of pytest are put back."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
-    yield lambda **options: Preemption(Accelerator(cpu=True), **options)
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    made = []
+    yield lambda **options: made.append(Preemption(Accelerator(cpu=True), **options)) or made[-1]
+    for one in reversed(made):
+        one.close()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
@@ -56,6 +56,25 @@ def test_later_it_takes_note_and_stops_at_the_next_check(guard, number):
     os.kill(os.getpid(), signal.SIGTERM)  # the first one is the reason
     with pytest.raises(Preempted, match=number.name):
         checks.check()
+
+
+def test_while_it_waits_for_images_it_does_not_wait_long(guard, monkeypatch):
+    monkeypatch.setattr(preemption, "PATIENCE", 0.2)
+    checks = guard()
+    checks.armed = True
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.4)  # not for images: it takes note, as long as that takes
+    began = time.monotonic()
+    with preemption.waiting():
+        with preemption.waiting():
+            pass
+        with pytest.raises(Preempted, match="SIGTERM") as stop:
+            time.sleep(30)
+    assert time.monotonic() - began < 5
+    assert stop.value.late
+    checks.close()
+    with preemption.waiting():
+        time.sleep(1.2)
 
 
 def test_no_handler_of_errors_eats_it():

@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import hostile
 import pytest
+import torch
 from launching import ROOT
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -164,6 +166,18 @@ def test_a_folder_that_vanishes_is_made_again(run, program):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("training goes on") == 1, "of the logs, once"
     assert checkpoint.newest(run / "checkpoints")[0].name == "step-00000016.pt"
+
+
+def test_a_folder_that_is_another_runs_now_ends_the_run_and_is_left_alone(run, program):
+    setup = "import os, shutil, trainer\nold = trainer.Trainer.evaluate\ndef evaluate(self, *a, **k):\n"
+    setup += (
+        "    shutil.rmtree('run')\n    os.makedirs('run/features')\n    open('run/lock', 'w').write('host other')\n"
+    )
+    setup += "    return old(self, *a, **k)\ntrainer.Trainer.evaluate = evaluate"
+    done = program(*MORE, cwd=run.parent, setup=setup)
+    assert done.returncode == 2
+    assert "error: run was deleted, and made again by another run: this run ends at step 12" in done.stderr
+    assert sorted(os.listdir(run)) == ["features", "lock"]
 
 
 @pytest.mark.skipif(os.geteuid() == 0 and shutil.which("setpriv") is None, reason="needs setpriv")
@@ -440,3 +454,65 @@ def test_told_to_stop_anywhere_it_saves_and_exits_with_75(run, program, moment):
     done = program(*MORE, cwd=run.parent, setup=setup, timeout=20)
     assert done.returncode == 75, done.stderr
     assert _status(run)["checkpoint"] == checkpoint.newest(run / "checkpoints")[0].name
+
+
+# --------------------------------------------------------------------------------------------------- told to stop
+
+SLOW = """
+import os, signal, time
+from trainer.data import FolderImages
+from trainer.processes import preemption
+old, parent, preemption.PATIENCE = FolderImages.__getitem__, os.getpid(), 2.0
+def read(self, index):
+    if os.path.exists("run/checkpoints/step-00000004.pt") and not os.path.exists("quick"):
+        os.kill(parent, signal.SIGTERM)
+        time.sleep(60)
+    return old(self, index)
+FolderImages.__getitem__ = read
+"""
+
+
+@pytest.mark.parametrize("options", [["--workers", "3"], ["--workers", "0"], ["--micro-batch", "8"]], ids=" ".join)
+def test_a_stop_does_not_wait_for_slow_images(photos, program, tmp_path, options):
+    """A signal while each image takes a minute; then images are quick again, and the run goes on to the same bits."""
+    options = ["--data", photos, *SMALL, "--augment", "flip", "--epochs", "2", "--save-every", "1", *options]
+    began = time.monotonic()
+    done = program(*options, cwd=tmp_path, setup=SLOW)
+    assert time.monotonic() - began < 20
+    assert done.returncode == 75, done.stderr
+    assert "Traceback" not in done.stderr
+    status = _status(tmp_path / "run")
+    assert (status["status"], status["reason"].split()[0]) == ("preempted", "SIGTERM")
+    (tmp_path / "quick").touch()
+    on = program("--resume", "run", cwd=tmp_path, setup=SLOW)
+    assert on.returncode == 0, on.stderr
+    (tmp_path / "run").rename(tmp_path / "stopped")
+    assert program(*options, cwd=tmp_path, setup=SLOW).returncode == 0
+    one, other = (checkpoint.read(tmp_path / run / "checkpoints" / "step-00000008.pt") for run in ("stopped", "run"))
+    assert one.metrics == other.metrics
+    assert all(torch.equal(tensor, other.model[name]) for name, tensor in one.model.items())
+
+
+def test_a_stop_within_a_step_whose_images_are_slow_saves_nothing(photos, program, tmp_path):
+    """The first of two micro-batches has been counted when the second does not come."""
+    options = ["--data", photos, *SMALL, "--augment", "flip", "--micro-batch", "8", "--save-every", "1"]
+    quick = "seen.append(index)\n        if len(seen) <= 21 + 8:\n            return old(self, index)\n"
+    setup = SLOW.replace("os.kill", f"{quick}        os.kill")  # 21 are for the picture of predictions
+    done = program(*options, "--epochs", "2", cwd=tmp_path, setup="seen = []\n" + setup)
+    assert done.returncode == 75, done.stderr
+    assert "stopped by SIGTERM while it waited for images: the last checkpoint stands" in done.stderr
+    assert "Continue with --resume run" in done.stderr
+    assert _status(tmp_path / "run")["status"] == "preempted"
+
+
+def test_a_stop_of_one_of_two_processes_that_waits_for_images_stops_both(photos, program, tmp_path):
+    options = ["--data", photos, *SMALL, "--augment", "flip", "--epochs", "2", "--save-every", "1"]
+    setup = SLOW.replace("if os.path", "if os.environ['RANK'] == '1' and os.path")
+    began = time.monotonic()
+    done = program(*options, cwd=tmp_path, setup=setup, processes=2)
+    assert time.monotonic() - began < 40
+    assert done.returncode == 75, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "the last checkpoint stands" in done.stderr
+    assert _status(tmp_path / "run")["status"] == "preempted"
+    assert program("--resume", "run", cwd=tmp_path).returncode == 0

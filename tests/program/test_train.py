@@ -354,3 +354,37 @@ def test_a_failed_start_keeps_the_run_that_was_to_be_overwritten(demo, program, 
     done = program("--output", "runs/digits-resnet18", "--overwrite", "--train", "layer9", cwd=tmp_path)
     assert done.returncode == 2
     assert sorted(path.name for path in (tmp_path / "runs").rglob("*")) == before
+
+
+IN_ONE_PROCESS = """
+import os, signal, train, trainer
+from trainer.cli import parse
+def call(*arguments):
+    try:
+        train.main(parse(train.__doc__, ["--epochs", "1", "--output", *arguments]))
+    except trainer.UsageError as error:
+        print("refused:", error)
+    handlers = [signal.getsignal(number) for number in signal.valid_signals()]
+    return handlers, sorted(os.readlink(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")[:-1])
+first = [call("a"), call("b"), call("a"), call("a", "--resume", "auto")]
+assert all(one == first[0] for one in first), first
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+print("all as before", flush=True)
+os._exit(0)
+"""
+
+
+def test_a_run_leaves_no_file_open_and_no_handler_in_its_process(program, tmp_path):
+    """Two runs, one that is refused, and one that is finished already."""
+    done = program(cwd=tmp_path, setup=IN_ONE_PROCESS)
+    assert done.stdout.endswith("all as before\n"), done.stderr
+    assert "refused: a holds a run" in done.stdout
+    assert "finished already" in done.stdout
+
+
+def test_the_plan_of_a_resumed_run_counts_the_epochs_to_come(four_epochs, program, tmp_path):
+    second = checkpoint.steps(four_epochs / "checkpoints")[1]
+    setup = "import trainer\nold = trainer.Features.__init__\ndef told(self, *a, **k):\n"
+    setup += "    print('epochs:', k['epochs'])\n    old(self, *a, **k)\ntrainer.Features.__init__ = told"
+    done = program("--resume", second, "--output", "again", cwd=tmp_path, setup=setup)
+    assert "epochs: 2\n" in done.stdout, done.stderr

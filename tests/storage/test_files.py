@@ -167,6 +167,32 @@ def test_a_lock_whose_folder_was_deleted_is_known_to_be_lost(tmp_path, again):
     assert not files.lost_lock(tmp_path / "never locked")
 
 
+def test_a_lock_is_kept_as_long_as_nobody_else_may_have_the_folder(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    assert files.keep_lock(folder / "lock"), "it never had one"
+    assert list(folder.iterdir()) == []
+    files.lock(folder / "lock")
+    count = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        assert files.lock(folder / "lock") == ""
+        shutil.rmtree(folder)
+        assert files.keep_lock(folder / "lock")
+        other, answer = _lock_in(folder)
+        assert f"pid {os.getpid()}" in answer
+        other.communicate("\n")
+    assert len(os.listdir("/proc/self/fd")) == count
+    shutil.rmtree(folder)
+    other, answer = _lock_in(folder)
+    assert answer == "''"
+    assert not files.keep_lock(folder / "lock")
+    other.communicate("\n")
+    assert not files.keep_lock(folder / "lock"), "its run has ended, and left its files"
+    files.unlock_all()
+    assert len(os.listdir("/proc/self/fd")) < count
+    assert files.keep_lock(folder / "lock")
+
+
 def test_a_file_replaced_while_it_is_being_locked_is_locked_as_it_is_now(tmp_path, monkeypatch):
     path, lockf, calls = tmp_path / "lock", fcntl.lockf, []
 

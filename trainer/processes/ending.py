@@ -32,18 +32,15 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
                 ErrorHandler().record_exception(error)  # the launcher prints it
             raise error
     except (*errors.MENDABLE, OSError, Elsewhere, Preempted) as error:
+        _kill_workers()  # here: with the error goes what its frames hold, such as a loader that would wait for each
         code = fail(error)
     except KeyboardInterrupt:  # before Preemption took note of signals
         code = 130
     except Exception:
+        _kill_workers()
         code = 1
         with suppress(OSError):
             traceback.print_exc()
-    if code:  # a data worker that hangs would be waited for, and one that dies now is no news
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        for worker in multiprocessing.active_children():
-            worker.kill()
     # Not by way of the interpreter's finalization: threads of torch.distributed that want the GIL then are unwound
     # through C++ code that cannot be, and abort the process, whatever its exit code was going to be.
     atexit._run_exitfuncs()  # ends data workers, and the watch
@@ -51,6 +48,14 @@ def run_and_exit(function: Callable[..., None], *arguments: object) -> NoReturn:
         with suppress(OSError):
             stream.flush()
     os._exit(code)
+
+
+def _kill_workers() -> None:
+    """Ends the data workers: one that hangs would be waited for, and one that dies now is no news."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def fail(error: BaseException) -> int:

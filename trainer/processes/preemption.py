@@ -2,7 +2,8 @@
 
 A process that is told to stop (SIGTERM, SIGINT, SIGUSR1) only takes note. At the next `check`, which every process
 calls at the same points of the run, the notes are reduced to one, and all stop there together. torch is imported where
-it is used: `end_at_once` is to be called before that.
+it is used: `end_at_once` is to be called before that. Images may be slow: while a process waits for them, it waits no
+longer than `PATIENCE` after the signal.
 """
 
 import ctypes
@@ -11,17 +12,21 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from trainer.errors import Preempted
 from trainer.processes import console, launcher
+from trainer.storage import files
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 BEGAN = time.monotonic()  # seconds; about when the program started, as this is imported before torch
 _SIGNALS = [signal.Signals[name] for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # not Windows
+PATIENCE = 10.0  # seconds that images may take once the run was told to stop
 _PR_SET_PDEATHSIG, _PR_GET_PDEATHSIG = 1, 2
 _TOO_EARLY = "stopped by {} before the training began: nothing is lost, start it again"
 
@@ -40,6 +45,31 @@ def end_at_once() -> None:
         _die_with_parent()
 
 
+@contextmanager
+def tidy() -> Iterator[None]:
+    """Around a main function: however it ends, handlers of signals are as before, and it holds no folder any more."""
+    try:
+        yield
+    finally:
+        if Preemption.current is not None:
+            Preemption.current.close()
+        files.unlock_all()
+
+
+@contextmanager
+def waiting() -> Iterator[None]:
+    """Around a wait for images: the only place where a signal, once `PATIENCE` is over, raises `Preempted`."""
+    global _waits
+    before, _waits = _waits, True
+    try:
+        yield
+    finally:
+        _waits = before
+
+
+_waits = False
+
+
 def _end(number: int, frame: FrameType | None) -> None:
     if os.environ.get("LOCAL_RANK", "0") == "0":
         os.write(2, f"error: {_TOO_EARLY.format(signal.Signals(number).name)}\n".encode())
@@ -51,13 +81,15 @@ class Preemption:
 
     A second Ctrl-C ends it at once in any case (exit code 130): checkpoints are written so that this cannot harm them.
     Outside the main thread, where Python allows no handlers of signals, only the clock is noted. As a context manager,
-    or with `close`, it puts back the handlers that it replaced.
+    or with `close`, it puts back the handlers that it replaced; so does `tidy`.
 
     Args:
         accelerator: the Accelerator of the run.
         time_limit: minutes from the start of the process until it must be gone; None for no limit.
         save_minutes: minutes between saves; None for none.
     """
+
+    current: "Preemption | None" = None  # there is one in a process
 
     def __init__(
         self, accelerator: "Accelerator", *, time_limit: float | None = None, save_minutes: float | None = None
@@ -81,6 +113,9 @@ class Preemption:
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
+            if hasattr(signal, "SIGALRM"):
+                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._give_up)
+            Preemption.current = self
             if _launched():
                 self._death_signal = _die_with_parent()
 
@@ -94,10 +129,13 @@ class Preemption:
 
     def close(self) -> None:
         """Puts back the handlers of signals as they were; a signal is no longer noted."""
+        if self._before and self._reason and hasattr(signal, "SIGALRM"):
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
-            if signal.getsignal(number) == self._note:  # somebody may have replaced it meanwhile
+            if signal.getsignal(number) in (self._note, self._give_up):  # somebody may have replaced it meanwhile
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
         self._before = {}
+        Preemption.current = None
         if self._death_signal is not None:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, self._death_signal)
             self._death_signal = None
@@ -143,6 +181,15 @@ class Preemption:
                 from trainer.processes import watch
 
                 watch.tell(stop)
+            raise stop
+        if first and hasattr(signal, "SIGALRM") and signal.SIGALRM in self._before:
+            signal.setitimer(signal.ITIMER_REAL, PATIENCE, 1.0)
+
+    def _give_up(self, number: int, frame: FrameType | None) -> None:
+        if _waits:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            stop = Preempted(self._reason)
+            stop.late = True
             raise stop
 
 

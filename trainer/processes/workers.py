@@ -15,6 +15,8 @@ from typing import Any
 
 from torch.utils.data import DataLoader
 
+from trainer.processes import preemption
+
 _LOOK = 0.5  # seconds between two looks at the clock
 
 
@@ -27,18 +29,16 @@ def batches(loader: DataLoader, *, timeout: float = 0.0) -> Iterator[Any]:
 
     Raises:
         RuntimeError: a worker has died or hangs. Its text begins with "DataLoader ", see `errors.explained`.
+        Preempted: the run was told to stop a while ago; see `preemption.waiting`.
     """
-    if loader.num_workers == 0:
-        yield from loader
-        return
-    others, patience = set(multiprocessing.active_children()), _Patience(timeout)
+    others, patience = set(multiprocessing.active_children()), _Patience(timeout * (loader.num_workers > 0))
     try:
-        with _no_handler(), patience.waiting():
+        with _no_handler(), preemption.waiting(), patience.waiting():
             iterator = iter(loader)
         # Those of a persistent loader have begun with its first iterator.
         patience.workers = getattr(iterator, "_workers", None) or [*set(multiprocessing.active_children()) - others]
         while True:
-            with patience.waiting():
+            with preemption.waiting(), patience.waiting():
                 batch = next(iterator, patience)
             if batch is patience:
                 return

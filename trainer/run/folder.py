@@ -63,6 +63,11 @@ class Run:
         """The images of the continued run, see `data.open.Data.about`; None for a new run."""
         return None if self.state is None else self.state.data
 
+    @property
+    def epochs(self) -> int:
+        """The epochs that the continued run has finished; 0 for a new run."""
+        return 0 if self.state is None else self.state.epoch
+
     def lock(self, *, create: bool = True) -> None:
         """Make this process the only one that works here, until it ends.
 

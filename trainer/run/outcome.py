@@ -31,6 +31,7 @@ class _Saveable(Protocol):
     step: int
     epoch: int
     saved: bool
+    within_step: bool
 
     def save(self, folder: Path, *, best: bool = False, keep: int = 2, final: bool = False) -> Path | None: ...
 
@@ -67,7 +68,7 @@ def training(
     def failed(error: Exception) -> None:
         cause = watch.details(error, rank)
         speaks = main or getattr(error, "orphans", False)
-        if not run.path.is_dir():  # of another machine
+        if not run.path.is_dir() or files.lost_lock(run.path / "lock"):  # of another machine, or another run's now
             return
         if cause["type"] == "Preempted":  # another process, before it was ready to save: the last checkpoint stands
             status("preempted", reason=str(error))
@@ -95,6 +96,14 @@ def training(
             if not loop.saved:
                 loop.save(run.checkpoints, keep=keep, final=True)
         except Preempted as signal:
+            alone = loop.accelerator.num_processes == 1
+            if signal.late and (loop.within_step or not alone):  # between two steps of one process it can be saved
+                reason = f"stopped by {signal} while it waited for images: the last checkpoint stands"
+                signal.args = (f"{reason}. Continue with --resume {run.path}",)
+                if main:
+                    status("preempted", reason=reason)
+                watch.tell(signal)
+                raise
             path = loop.save(run.checkpoints, keep=keep, final=True)
             if main and path is not None:
                 status("preempted", reason=str(signal), checkpoint=path.name)

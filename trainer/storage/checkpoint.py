@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, UsageError
 from trainer.storage import files
 from trainer.storage.archive import check
 from trainer.storage.state import FORMAT, State, difference, plain
@@ -95,9 +95,18 @@ class Saver:
         self._best: State | None = None
 
     def save(self, folder: Path, state: State, *, best: bool, keep: int, final: bool) -> Path | None:
-        """As `save`; returns None if it failed. With `final`, and at the third failure in a row, it raises instead."""
+        """As `save`; returns None if it failed. With `final`, and at the third failure in a row, it raises instead.
+
+        Raises:
+            UsageError: the run that this process locked was deleted, and its folder is another's now.
+        """
         self._best = state if best else self._best
         try:
+            if not files.keep_lock(folder.parent / "lock"):
+                raise UsageError(
+                    f"{folder.parent} was deleted, and made again by another run: this run ends at step {state.step}, "
+                    "without a checkpoint of it. Start it again with another --output."
+                )
             path = save(folder, state, best=self._best, keep=keep)
         except OSError as error:
             self.failures += 1

@@ -156,22 +156,27 @@ def lock(path: Path, *, create: bool = True) -> str:
     Raises:
         OSError: the file cannot be created, or the file system has no locks.
     """
-    while True:
+    descriptor = _held.pop(path.absolute(), None)
+    if descriptor is not None and not _is_at(path, descriptor):  # it was deleted since
+        os.close(descriptor)
+        descriptor = None
+    while descriptor is None:
         if not create and not path.exists():
             return ""
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _take(descriptor)
+            _take(opened)
         except (BlockingIOError, PermissionError):
-            text = os.read(descriptor, 1000).decode(errors="replace").strip()
-            os.close(descriptor)
+            text = os.read(opened, 1000).decode(errors="replace").strip()
+            os.close(opened)
             return text or "another process"
         except OSError as error:
-            os.close(descriptor)
+            os.close(opened)
             raise OSError(error.errno, error.strerror, str(path)) from error
-        if _is_at(path, descriptor):
-            break
-        os.close(descriptor)  # somebody deleted the file between the two calls, and perhaps made another
+        if _is_at(path, opened):
+            descriptor = opened
+        else:
+            os.close(opened)  # somebody deleted the file between the two calls, and perhaps made another
     _held[path.absolute()] = descriptor
     if create:
         text = f"host {socket.gethostname()}, pid {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}\n"
@@ -188,6 +193,25 @@ def lost_lock(path: Path) -> bool:
     """
     descriptor = _held.get(path.absolute())
     return descriptor is not None and not _is_at(path, descriptor)
+
+
+def keep_lock(path: Path) -> bool:
+    """Locks a file again if it was deleted with its folder, which is made again.
+
+    Returns:
+        Whether this process may go on there: False if another one has made the file again. True where this process
+        holds no lock.
+    """
+    if not lost_lock(path):
+        return True
+    ops.make_folder(path.parent)
+    return not path.exists() and not lock(path)
+
+
+def unlock_all() -> None:
+    """Releases all locks of this process, for one that goes on after its work."""
+    while _held:
+        os.close(_held.popitem()[1])
 
 
 def _take(file: int | BinaryIO) -> None:

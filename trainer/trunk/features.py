@@ -31,6 +31,7 @@ from trainer.model.freezing import digest
 from trainer.model.split import Uncut
 from trainer.processes.together import gather, on_each_machine, on_main, print_main
 from trainer.steps import Batch
+from trainer.storage import files
 from trainer.text import counted
 from trainer.trunk import cache
 from trainer.trunk.fast import FastTrunk
@@ -234,8 +235,9 @@ class Features:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove files that were for this run alone."""
-        if not self._lasting and self.accelerator.is_local_main_process:
+        """Remove files that were for this run alone, unless its folder is another run's now."""
+        lost = files.lost_lock(self.folder.parent / "lock")
+        if not self._lasting and self.accelerator.is_local_main_process and not lost:
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _plan(self, config: SpeedConfig, sample: Tensor, *, epochs: int, micro_batch: int) -> FeaturePlan:
