@@ -7,11 +7,11 @@ accelerate launch --config_file accelerate_configs/gpu.yaml train.py --data ~/ph
 """
 
 import trainer
-from trainer.cli import end_at_once, parse, tidy
+from trainer.cli import cleaning_up, end_at_once, parse
 from trainer.config import Config, settle_augment, to_dict
 
 
-@tidy()
+@cleaning_up()  # signal handlers and locks, for a program that goes on afterwards, such as a notebook
 def main(config: Config) -> None:
     """One run. The launcher chooses devices, processes and precision; `config` holds every other choice."""
     accelerator, say = trainer.start(exact=config.run.exact, timeout=config.run.timeout), trainer.print_main

@@ -20,8 +20,8 @@ from trainer import config as settings
 from trainer.config import GROUP_OF, PATHS, Config
 from trainer.errors import UsageError
 from trainer.model import patterns
+from trainer.processes.preemption import cleaning_up as cleaning_up
 from trainer.processes.preemption import end_at_once as end_at_once
-from trainer.processes.preemption import tidy as tidy
 
 _LARGEST_FILE = 1_000_000  # bytes of YAML: settings are a few hundred, and parsing many takes minutes
 # Suits 1,797 tiny scans and a backbone with random weights.

@@ -46,7 +46,7 @@ def end_at_once() -> None:
 
 
 @contextmanager
-def tidy() -> Iterator[None]:
+def cleaning_up() -> Iterator[None]:
     """Around a main function: however it ends, handlers of signals are as before, and it holds no folder any more."""
     try:
         yield
@@ -81,7 +81,7 @@ class Preemption:
 
     A second Ctrl-C ends it at once in any case (exit code 130): checkpoints are written so that this cannot harm them.
     Outside the main thread, where Python allows no handlers of signals, only the clock is noted. As a context manager,
-    or with `close`, it puts back the handlers that it replaced; so does `tidy`.
+    or with `close`, it puts back the handlers that it replaced; so does `cleaning_up`.
 
     Args:
         accelerator: the Accelerator of the run.
