@@ -20,6 +20,7 @@ from trainer.commands import export as exporting
 from trainer.commands.arguments import Export, Inspect, Predict, Verify
 from trainer.commands.export import Preprocess, export
 from trainer.commands.inspect import inspect
+from trainer.commands.model_card import public
 from trainer.commands.predict import predict
 from trainer.commands.verify import verify
 from trainer.data.datasets import Digits
@@ -345,3 +346,9 @@ def test_long_thin_images_are_cropped_as_in_training(shape, interpolation):
     difference = (Preprocess(spec)(image[None])[0] * 255 - spec.eval_transform()(image)).abs()
     assert difference.max() < 2.01  # noise, enlarged up to 73 times: with half a pixel of shift they differ by 50
     assert difference.mean() < 0.1
+
+
+def test_no_private_folder_is_public():
+    assert public("/home/me/weights.pth") == public("file:///home/me/weights.pth") == "weights.pth"
+    assert public("https://example.org/weights.pth") == "https://example.org/weights.pth"
+    assert (public("resnet18"), public(3)) == ("resnet18", 3)

@@ -360,3 +360,10 @@ def test_all_processes_are_given_what_the_main_one_found(trained):
     assert (config.optim.lr, run.state.step) == (0.5, 20)
     with pytest.raises(UsageError, match="no such checkpoint or run"):
         open_run(Accelerator(cpu=True), parsed("--resume", "missing"))
+
+
+def test_resume_auto_says_that_a_new_run_starts(capsys):
+    found("--resume", "auto", "--output", "fresh")
+    assert capsys.readouterr().out == "resume  there is no checkpoint in fresh yet: a new run\n"
+    found("--output", "fresh")
+    assert capsys.readouterr().out == ""

@@ -48,6 +48,7 @@ def model_card(about: dict[str, Any], name: str) -> str:
 
 def public(value: Any) -> Any:
     """A value without private folders: of an absolute path only the last part."""
-    if isinstance(value, str) and "://" not in value and PurePath(value).is_absolute():
-        return PurePath(value).name
+    path = value.removeprefix("file://") if isinstance(value, str) else ""
+    if "://" not in path and PurePath(path).is_absolute():
+        return PurePath(path).name
     return value

@@ -51,6 +51,8 @@ def find_run(config: Config) -> tuple[Config, Run]:
     run = _find(config)
     if run.state is not None:
         config = _resumed(config, run.state, run.source)
+    elif config.run.resume == "auto":
+        print_main(f"resume  there is no checkpoint in {run.path} yet: a new run")
     settings.check(config)
     run.lock(create=False)
     check_writable(run.path)
