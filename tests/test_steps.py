@@ -22,8 +22,8 @@ def test_classification_gives_one_value_per_sample():
 @pytest.mark.parametrize(
     ("outputs", "says"),
     [
-        (torch.zeros(4), "found Tensor"),
-        ({"accuracy": torch.zeros(4)}, r"found \['accuracy'\]"),
+        (torch.zeros(4), "returned Tensor"),
+        ({"accuracy": torch.zeros(4)}, r"returned \['accuracy'\]"),
         ({"loss": torch.zeros(())}, r"'loss' is \(\); expected one value per sample, shape \(4,\)"),
         ({"loss": torch.zeros(4), "top5": 0.5}, "'top5' is float"),
         (

@@ -1,4 +1,4 @@
-"""Checks of a training in progress: what trains is one set, replicas are equal, frozen tensors do not change."""
+"""Checks during training: one set of parameters trains, replicas are equal, frozen tensors do not change."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -35,13 +35,15 @@ def check_functions(learning_rate: Any, step: Any) -> None:
 def check_trainable(model: nn.Module, trainable: Mapping[str, Tensor], optimizer: Any) -> None:
     """Check that the model, the trainer and the optimizer train the same parameters.
 
+    Otherwise weight decay would change frozen parameters, or checkpoints would lack parameters that were trained.
+
     Args:
-        model: its parameters with `requires_grad`.
-        trainable: those of the trainer, by name.
-        optimizer: its parameters.
+        model: trains its parameters with `requires_grad`.
+        trainable: the parameters that the trainer trains, by name.
+        optimizer: trains the parameters in its groups.
 
     Raises:
-        UsageError: names the parameters in one and not in another, and the way that works.
+        UsageError: names the parameters that differ, and what to do.
     """
     if not hasattr(optimizer, "param_groups"):
         kind = type(optimizer).__name__

@@ -1,7 +1,7 @@
-"""Errors a user can cause, each with the exit code of the program that it ends.
+"""Errors that a user can cause, each with the exit code of the program that it ends.
 
-Messages say what was given, what was expected and what to do. `train.py` prints them as one `error:` line, without
-a traceback; called from a notebook or a test they are ordinary `ValueError`s.
+Messages say what was given, what was expected and what to do. `train.py` prints them in one line that begins with
+`error:`, without a traceback. In a notebook or a test they are ordinary `ValueError`s.
 """
 
 import errno
@@ -34,7 +34,7 @@ class CheckpointError(ValueError):
 
 
 class NumericalError(ValueError):
-    """Training went wrong in its numbers (exit code 70, `EX_SOFTWARE`).
+    """The numbers of a training are wrong, such as a loss of NaN (exit code 70, `EX_SOFTWARE`).
 
     Attributes:
         step: the optimizer step, counted from 1.
@@ -48,28 +48,28 @@ class NumericalError(ValueError):
         self.step, self.samples = step, list(samples)
 
 
-MENDABLE = (UsageError, DataError, CheckpointError, NumericalError)  # by the user, whom a traceback would not help
+MENDABLE = (UsageError, DataError, CheckpointError, NumericalError)  # a user can mend them without a traceback
 
 
 def check_least(least: int, **given: int | None) -> None:
-    """Raises UsageError for a number that is given and less than `least`."""
+    """Raise UsageError for the first number that is less than `least`; None is allowed."""
     for name, value in given.items():
         if value is not None and value < least:
             raise UsageError(f"{name} is {value}: expected at least {least}.")
 
 
 def exit_code(error: BaseException) -> int:
-    """Returns the exit code of the program that an error ends: its own, 74 (`EX_IOERR`) for OSError, or 1."""
+    """The exit code of a program that an error ends: its `exit_code`, 74 (`EX_IOERR`) for an OSError, or 1."""
     return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)
 
 
 def first_sentence(error: Exception) -> str:
-    """Returns torch's text of an error without its advice, such as to load a file with weights_only=False."""
+    """The first sentence of an error of torch, without advice such as to load a file with weights_only=False."""
     return re.split(r"\. |\n", str(error))[0].rstrip(".")
 
 
 def explained(error: Exception) -> Exception:
-    """Returns torch's error of a data worker that died or hangs as an OSError with advice; other errors as they are."""
+    """An OSError with advice for torch's error about a data worker that died or hangs; other errors as they are."""
     text = str(error).partition("\n")[0].strip()
     if isinstance(error, RuntimeError) and text.startswith("DataLoader "):
         return OSError(
@@ -99,10 +99,10 @@ class Elsewhere(RuntimeError):
     """Another process ended the run, or is lost; this process ends with the same exit code.
 
     Attributes:
-        rank: of the other process.
-        kind: type of its exception, by name: "Preempted" if it was told to stop before it had anything to save; "Lost"
-            if it was killed or suspended.
-        exit_code: its exit code.
+        rank: index of the other process.
+        kind: name of the type of its exception; "Preempted" if it was told to stop before there was anything to save;
+            "Lost" if it was killed or suspended.
+        exit_code: exit code of the other process, and of this one.
         reason: text of its exception.
     """
 
@@ -113,5 +113,5 @@ class Elsewhere(RuntimeError):
 
     @property
     def orphans(self) -> bool:
-        """Whether the main process is lost, which speaks and writes for all others."""
+        """Whether the lost process is the main process, which prints and writes for all others."""
         return (self.rank, self.kind) == (0, "Lost")

@@ -1,4 +1,4 @@
-"""Evaluate a model on a whole data set: means of per-sample values, and metrics that need all outputs at once."""
+"""Evaluate a model on a data set: means of per-sample values, and metrics that need all outputs at once."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from trainer.processes.together import gather, on_main
 from trainer.steps import Step
 from trainer.trunk.features import Source
 
-# Outputs [N, ...] and labels [N, ...] of a data set, in its order → values by name.
+# Outputs [N, ...] and labels [N, ...] of a data set, in its order → numbers by name.
 Metrics = Callable[[Tensor, Tensor], dict[str, float]]
 
 
@@ -29,24 +29,25 @@ def evaluate(
     metrics: Metrics | None = None,
     between: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
-    """The means of a step's values over every sample of `source`, each counted once; and `metrics` (a collective).
+    """The means of a step's values over all samples, each counted once, and the numbers of `metrics` (a collective).
 
     Args:
-        tail: prepared by the accelerator, without the wrapper that reduces gradients; put in eval mode.
-        source: features of the images.
-        plan: its micro-batch and processes are used.
+        accelerator: of the run.
+        tail: prepared by the accelerator, without the wrapper that reduces gradients; it is put in eval mode.
+        source: the features of the images.
+        plan: its micro-batch and number of processes are used.
         step: `(tail, batch) → {"loss": [B], ...}`.
         metrics: called once, on the main process, with the "outputs" of the step and the labels of all samples, in the
-            order of the data set: the same on any number of processes and for any batches. None: no such metrics.
+            order of the data set, whatever the batches and the number of processes are. None: no such numbers.
         between: called after each batch, the same number of times on every process.
 
     Raises:
-        UsageError: `metrics`, and the step returns no "outputs"; or both return a value of one name.
+        UsageError: `metrics` is given and the step returns no "outputs"; or both return a value of the same name.
     """
     tail.eval()
     totals, seen = Totals(accelerator.device), []
     batches = source.batches(plan.eval_batches(len(source), rank=accelerator.process_index), epoch=0)
-    for _ in plan.eval_batches(len(source), rank=0):  # no process has more
+    for _ in plan.eval_batches(len(source), rank=0):  # the main process has at least as many batches as any other
         if batch := next(batches, None):
             values = step(tail, batch)
             totals.add(values)
@@ -67,7 +68,7 @@ def evaluate(
 
 
 def _whole(metrics: Metrics, parts: list[tuple[Tensor, Tensor, Tensor]], samples: int) -> dict[str, float]:
-    """The metrics of all samples, from parts in any order."""
+    """The numbers of `metrics` from (index, outputs, labels) of batches in any order."""
     if sum(len(index) for index, *_ in parts) != samples:
         raise UsageError('metrics() of the recipe needs the outputs of the model: let step() return them as "outputs".')
     index, outputs, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))

@@ -5,20 +5,21 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-_UNIT = 2.0**-24  # values are rounded to multiples of this: below the precision of a float32 of size 1
+_UNIT = 2.0**-24  # values are rounded to multiples of this, which is less than the precision of a float32 near 1
 _BATCHES = 64
-Sums = dict[str, float]  # of each metric over its samples, and their number under "samples"
+Sums = dict[str, float]  # the sum of each metric over samples, and the number of samples as "samples"
 
 
 class Totals:
-    """Sums of per-sample vectors and the number of samples, on the device: no host copy until they are read.
+    """Sums of per-sample values and the number of samples, kept on the device until they are read.
 
-    Values are rounded to multiples of 2⁻²⁴ and summed in float64, where such sums are exact up to 2²⁹: the order of the
-    batches and the number of processes change no bit of a mean. (On MPS, which has no float64, sums are float32.)
+    Values are rounded to multiples of 2⁻²⁴ and summed in float64, where such sums are exact up to 2²⁹. Therefore the
+    order of batches and the number of processes do not change a bit of a mean. (MPS has no float64; there, sums are
+    float32.)
 
     Args:
-        device: of the vectors.
-        start: sums to continue from.
+        device: device of the values.
+        start: sums to continue from; None: zero.
     """
 
     def __init__(self, device: torch.device, start: Sums | None = None):
@@ -28,9 +29,11 @@ class Totals:
         self._waiting: list[dict[str, Tensor]] = []
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Add one batch: vectors of shape `[B]`, the same names each time; "outputs" are no such vector and ignored."""
+        """Add the values of one batch: vectors `[B]` under the same names each time; "outputs" is ignored."""
         self._waiting.append({name: value.detach() for name, value in values.items() if name != "outputs"})
-        if len(self._waiting) == _BATCHES:  # summed together: for a small head, the sums would be half of a step
+        if (
+            len(self._waiting) == _BATCHES
+        ):  # summed together, because summing takes as long as half of a step of a small head
             self._sum()
 
     def _sum(self) -> None:
@@ -47,16 +50,16 @@ class Totals:
 
     def _exact(self, value: Tensor) -> Tensor:
         if value.is_floating_point() and self._dtype == torch.float64:
-            value = (value.double() / _UNIT).round() * _UNIT  # by a power of two: exact, and NaN stays NaN
+            value = (value.double() / _UNIT).round() * _UNIT  # exact, because it is a power of two; NaN stays NaN
         return value.sum(dtype=self._dtype)
 
     def sums(self) -> Sums:
-        """The sums (one host copy); empty before the first batch."""
+        """The sums, copied from the device; empty before the first batch."""
         self._sum()
         return dict(zip(self._names, self._sums.tolist(), strict=True))
 
     def over_processes(self, accelerator: Accelerator) -> Sums:
-        """The sums of all processes, on each of them (a collective). A process may have added nothing."""
+        """The sums over all processes, some of which may have added nothing (a collective)."""
         if accelerator.num_processes == 1:
             return self.sums()
         found = [sums for sums in gather_object([self.sums()]) if sums]
@@ -64,7 +67,12 @@ class Totals:
 
 
 def means(sums: Sums, *, since: Sums | None = None) -> dict[str, float]:
-    """The mean of each metric over the samples of `sums`, or over those added `since` others; empty without any."""
+    """The mean of each metric over samples; empty if there are none.
+
+    Args:
+        sums: of all samples.
+        since: earlier sums, whose samples do not count; None: all samples count.
+    """
     rest = {name: value - (since or {}).get(name, 0.0) for name, value in sums.items()}
     samples = rest.pop("samples", 0.0)
     return {name: value / samples for name, value in rest.items()} if samples else {}

@@ -1,4 +1,4 @@
-"""The optimizer's parameter groups, and the learning rate as a pure function of progress."""
+"""The optimizer and its parameter groups; the learning rate (cosine, linear or constant) as a function of progress."""
 
 import math
 from collections.abc import Callable
@@ -17,14 +17,15 @@ SCHEDULES = ("cosine", "linear", "constant")
 def build_optimizer(
     model: nn.Module, config: OptimConfig | None = None, *, fused: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101) or SGD over the trainable parameters alone.
+    """AdamW (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101) or SGD for the trainable parameters.
 
     Args:
         model: its parameters with `requires_grad` are optimised.
-        config: `optimizer`, `lr` (the peak: the trainer sets the rate of each step), `weight_decay` (of matrices and
-            kernels; biases and norms, which have one dimension, get none) and `momentum` (of SGD, without Nesterov's).
-            AdamW uses torch's betas, 0.9 and 0.999. None: the defaults.
-        fused: one kernel for a group. Not with a GradScaler: accelerate would miss the steps that it skips.
+        config: `optimizer`, `lr` (the peak; the trainer sets the rate of each step), `weight_decay` (for matrices and
+            kernels; 0 for biases and norms, which have one dimension) and `momentum` (of SGD; not Nesterov's). AdamW
+            uses torch's betas, 0.9 and 0.999. None: the defaults.
+        fused: use one kernel for each group. Not possible with a GradScaler, because accelerate would not notice the
+            steps that the scaler skips.
 
     Raises:
         UsageError: unknown optimizer, or nothing to train.
@@ -46,7 +47,7 @@ def build_optimizer(
 
 
 def schedule(config: OptimConfig) -> Callable[[float], float]:
-    """The learning rate of a run: progress, 0 to 1, → rate; see `learning_rate`."""
+    """The learning rate of a run as a function of progress, 0 to 1; see `learning_rate`."""
     peak = float(config.settled().lr)
     return partial(learning_rate, peak=peak, schedule=config.schedule, warmup=config.warmup)
 
@@ -55,11 +56,14 @@ def learning_rate(progress: float, peak: float, *, schedule: str = "cosine", war
     """The learning rate at a point of the run.
 
     Args:
-        progress: share of the run's samples that has been used, 0 to 1.
+        progress: share of the samples of the run that were used so far, 0 to 1.
         peak: the highest rate, reached at the end of the warm-up.
         schedule: after the warm-up, "cosine" (Loshchilov & Hutter, 2017, https://arxiv.org/abs/1608.03983) or
             "linear" to zero at the end of the run, or "constant".
-        warmup: share of the run, 0 to 1, over which the rate rises linearly from zero.
+        warmup: share of the run, 0 to 1, during which the rate rises linearly from zero.
+
+    Raises:
+        UsageError: another schedule.
     """
     if progress < warmup:
         return peak * progress / warmup

@@ -36,14 +36,14 @@ class Recipe:
     prediction: Any = default.prediction
 
     def classifier(self, config: Config, classes: Sequence[str]) -> Classifier:
-        """The model of a run; random values in it depend on the run's seed alone.
+        """The model of a run; its random values depend only on the seed of the run.
 
         Args:
-            config: of the run.
-            classes: names of the classes; empty if labels are no classes.
+            config: the settings of the run.
+            classes: names of the classes; empty if labels are not classes.
 
         Raises:
-            UsageError: `model` returned something else.
+            UsageError: `model` did not return a `Classifier`.
         """
         with seeded(config.run.seed, "model"):
             built = self.model(
@@ -54,7 +54,7 @@ class Recipe:
         return built
 
     def restore(self, state: State | Mapping[str, Any], *, weights: str | None = None) -> Classifier:
-        """The whole model of a checkpoint; see `model.restoring.restore`."""
+        """The model of a checkpoint, with its trained and frozen tensors; see `model.restoring.restore`."""
         build = (lambda config: self.classifier(config, state["classes"])) if self.builds(state) else None
         return restore(state, build=build, weights=weights)
 
@@ -100,12 +100,14 @@ def _source(function: FunctionType) -> str:
 
 
 def load_recipe(path: str | None) -> Recipe:
-    """The recipe in a Python file: what it defines replaces the functions of `trainer/recipe.py`; None: these.
+    """Load a recipe from a Python file.
 
-    It may import files beside it.
+    Args:
+        path: functions in this file replace those of `trainer/recipe.py`; it may import files beside it. None: the
+            functions of `trainer/recipe.py`.
 
     Raises:
-        UsageError: there is no such file, it fails, or it defines nothing that a recipe has.
+        UsageError: there is no such file, it cannot be imported, or it has none of a recipe's functions.
     """
     if path is None:
         return Recipe()

@@ -1,4 +1,4 @@
-"""Sums of gradients whose bits do not depend on the number of processes, or on where a run was interrupted."""
+"""Sum gradients so that their bits depend neither on the number of processes nor on where a run was interrupted."""
 
 import math
 from collections.abc import Iterator
@@ -30,20 +30,20 @@ class Loop(Protocol):
 
 
 def sum_in_order(loop: Loop, window: list[int], share: list[Micro], batches: Iterator[Batch]) -> None:
-    """Set the gradient of a window to g₀ + g₁ + ..., summed over its micro-batches in their order (a collective).
+    """Set the gradient of a window to g₀ + g₁ + ..., the sum over its micro-batches in their order (a collective).
 
-    DDP adds what each process has accumulated, so another number of processes means another order and other bits.
+    DDP instead adds the sums of each process, so another number of processes has another order, and other bits.
 
     Args:
         loop: a `Trainer`; backward passes add to the gradients of its parameters.
-        window: sample indices of the optimizer step, over all processes.
+        window: indices of the samples of the optimizer step, over all processes.
         share: micro-batches of this process.
         batches: their batches, in order.
     """
     ranks, micros = loop.plan.processes, math.ceil(len(window) / loop.plan.micro_batch)
     parameters = list(loop.trainable.values())
     total = torch.zeros(())
-    for first in range(0, micros, ranks):  # in each round, process r has the micro-batch number first + r
+    for first in range(0, micros, ranks):  # in this round, process r has the micro-batch first + r
         if first // ranks < len(share):
             with loop.accelerator.no_sync(loop.tail):
                 loop.backward(share[first // ranks], next(batches), scale=1 / len(window))
@@ -61,12 +61,20 @@ def sum_in_order(loop: Loop, window: list[int], share: list[Micro], batches: Ite
 
 
 def rehearse(loop: Loop, share: list[Micro], batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Do on the first batch what must be done before the first step (a collective); returns all batches.
+    """Prepare the first optimizer step with the first batch (a collective).
 
-    A backward pass whose gradients are dropped lets DDP arrange its buckets. After its first backward DDP orders
-    parameters by the arrival of their gradients, and their place in a bucket decides the order in which more than two
-    processes are summed: without this, the first step after a resume would have other bits than the same step of an
-    uninterrupted run.
+    A backward pass whose gradients are dropped lets DDP arrange its buckets: after its first backward DDP orders
+    parameters by the arrival of their gradients, and the place of a parameter in a bucket decides the order in which
+    more than two processes are summed. Without this, the first step after a resume would have other bits than the same
+    step of an uninterrupted run.
+
+    Args:
+        loop: a `Trainer`.
+        share: micro-batches of this process.
+        batches: their batches, in order.
+
+    Returns:
+        All batches, with the first one.
 
     Raises:
         UsageError: a BatchNorm that trains cannot take the last micro-batch of an epoch, which has one image.
@@ -93,7 +101,7 @@ def rehearse(loop: Loop, share: list[Micro], batches: Iterator[Batch]) -> Iterat
 
 @contextmanager
 def _same_buffers(module: nn.Module) -> Iterator[None]:
-    """Restore the buffers of a module at the end: a BatchNorm that trains must not count what is only tried."""
+    """Restore the buffers of a module at the end, so that a BatchNorm that trains does not count this batch."""
     before = {name: value.clone() for name, value in module.named_buffers()}
     try:
         yield

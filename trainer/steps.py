@@ -1,8 +1,8 @@
-"""One batch in, one number per sample and metric out.
+"""The loss and the metrics of a batch, one value for each sample.
 
-A step is any function `(model, batch) -> {"loss": [B], "accuracy": [B], ...}`: the place for another loss or another
-metric. It returns one value per *sample*, not their mean, so that means over steps, epochs and processes are exact.
-"outputs", of any shape [B, ...], are what the model says of each sample: for metrics of the whole set, for predictions.
+A step is any function `(model, batch) -> {"loss": [B], "accuracy": [B], ...}`: write one to have another loss or other
+metrics. It returns one value per sample and not their mean, so that means over steps, epochs and processes are exact.
+"outputs", of any shape `[B, ...]`, are the outputs of the model, for predictions and metrics of the whole data set.
 """
 
 from collections.abc import Callable
@@ -16,29 +16,29 @@ from trainer.errors import UsageError
 
 
 class Batch(TypedDict):
-    """Features of some samples, with their labels."""
+    """The features and labels of some samples."""
 
     inputs: tuple[Tensor, ...]
     """For `model(*inputs)`: `[B, ...]` each."""
     label: Tensor
     """int64 `[B]` for classes; float `[B]`, `[B, C]` or any `[B, ...]` for other targets."""
     index: Tensor
-    """int64 `[B]`: places in the dataset."""
+    """int64 `[B]`: indices in the data set."""
 
 
 Step = Callable[[nn.Module, Batch], dict[str, Tensor]]
 
 
 def classification(*, label_smoothing: float = 0.0) -> Step:
-    """Cross-entropy and top-1 accuracy.
+    """A step with cross-entropy and top-1 accuracy, for classification.
 
     Args:
-        label_smoothing: share of the target spread over all classes, 0 to 1, in training only (Szegedy et al., 2016,
-            https://arxiv.org/abs/1512.00567).
+        label_smoothing: share of the target that is spread over all classes, 0 to 1; only in training (Szegedy et al.,
+            2016, https://arxiv.org/abs/1512.00567).
 
     Returns:
-        A step that returns "loss" float32 `[B]`; "accuracy" bool `[B]`, which is counted, not averaged; "outputs", the
-        logits float32 `[B, C]`.
+        A step that returns "loss" float32 `[B]`; "accuracy" bool `[B]`, so that its sum is an exact count;
+        "outputs", the logits float32 `[B, C]`.
     """
 
     def step(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
@@ -51,14 +51,20 @@ def classification(*, label_smoothing: float = 0.0) -> Step:
 
 
 def check_outputs(outputs: dict[str, Tensor], *, size: int) -> None:
-    """Check what a step returned for `size` samples.
+    """Check the values that a step returned.
+
+    Args:
+        outputs: returned by the step.
+        size: number of samples of the batch.
 
     Raises:
-        UsageError: names the wrong entry, what was found and what was expected.
+        UsageError: names the wrong entry, its shape and the expected shape.
     """
     if not isinstance(outputs, dict) or "loss" not in outputs:
         found = sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__
-        raise UsageError(f'a step returns a dict with "loss" and one tensor per metric; found {found}.')
+        raise UsageError(
+            f'step() of the recipe returned {found}; expected a dict with "loss" and one tensor for each metric.'
+        )
     for name, value in outputs.items():
         shape = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         good = shape[:1] == (size,) if name == "outputs" else shape == (size,)

@@ -119,6 +119,7 @@ def test_commands_of_the_package_can_be_parsed():
         command[command.index("trainer") + 1 :] for command in commands(README) if "-m trainer" in " ".join(command)
     ]
     assert {type(parse(words)).__name__ for words in found} == {
+        "Audit",
         "Inspect",
         "Verify",
         "Evaluate",

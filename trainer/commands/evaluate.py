@@ -78,11 +78,11 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
     accelerator = start(exact=config.run.exact)
     json_file, csv_file = on_main(accelerator, lambda: [output.target(command.json), output.target(command.csv)])
     quiet = command.json == "-"
+    if not quiet:
+        loading.print_differences(recipe, about)
     load = partial(loading.load_frozen, device=accelerator.device, recipe=recipe)
     loaded = main_first(accelerator, load, path, weights=command.weights)
     given = main_first(accelerator, open_images, loaded, command.data)
-    if not quiet:
-        loading.print_differences(recipe, about)
     first = _evaluated(accelerator, loaded, given.dataset, workers=command.workers)
     other = seen = None
     if command.compare:

@@ -1,8 +1,8 @@
-"""Features in files: written once, by index, and found again by a key of everything they depend on.
+"""Keep features in files, under a key of everything that they depend on.
 
 FOLDER/KEY/
-    0.bin, 1.bin, ...   the rows of each tensor, as they are in memory
-    entry.json          shapes, types, sha256 of each file: written last
+    0.bin, 1.bin, ...   the values of each tensor, as in memory
+    entry.json          shapes, types and the sha256 of each file; written last
 FOLDER/.tmp-KEY-WRITER/ an entry that is being written; removed by the next run if its process was killed
 """
 
@@ -29,7 +29,7 @@ Like = Sequence[tuple[tuple[int, ...], torch.dtype]]  # shape and type of each t
 
 
 def key_of(**parts: Any) -> str:
-    """32 hex digits that depend on every part and its name."""
+    """A key of 32 hex digits that depends on every part and its name."""
     return hashlib.sha256(repr(sorted(parts.items())).encode()).hexdigest()[:32]
 
 
@@ -37,8 +37,8 @@ class Entry:
     """The features of one data set under one key.
 
     Args:
-        folder: holds the entries.
-        key: of this one, see `key_of`.
+        folder: the folder of all entries.
+        key: see `key_of`.
         like: shape and type of each tensor.
         writer: a name that the processes of one machine share, and no others.
     """
@@ -48,7 +48,7 @@ class Entry:
         self.temporary = folder / f".tmp-{key}-{writer}"
 
     def is_good(self) -> bool:
-        """Whether it is there, as it was written. Damage is reported."""
+        """Whether the entry exists and is undamaged; logs a warning if it is damaged."""
         try:
             entry = json.loads((self.path / "entry.json").read_text(encoding="utf-8"))
             if entry["tensors"] != self._tensors():
@@ -64,12 +64,11 @@ class Entry:
             return False
 
     def reserve(self) -> None:
-        """Make its files, with room for everything; remove what killed runs have reserved.
+        """Create the files with their full size, and remove what killed runs have left.
 
         Raises:
-            OSError: the disk is too full, or cannot be written, or something else is at the place of the entry. All
-                this is found before the features are computed, and a full disk would end a process that writes to a
-                mapped file.
+            OSError: the disk is too full or cannot be written, or the path of the entry is something else. Found here,
+                before features are computed, because a full disk would kill a process that writes to a mapped file.
         """
         if self.path.is_symlink() or (self.path.exists() and not self.path.is_dir()):
             text = "a file or a link is in the place of a folder of features; remove it, or choose another folder"
@@ -90,11 +89,11 @@ class Entry:
                         raise OSError(error.errno, error.strerror, str(path)) from error
 
     def open_for_writing(self) -> tuple[Tensor, ...]:
-        """The reserved tensors: every process of the machine sees what one writes."""
+        """The reserved tensors, in memory that all processes of the machine share."""
         return self._map(self.temporary, shared=True)
 
     def commit(self) -> None:
-        """Make the written tensors the entry. If another run has finished the same entry meanwhile, that one stays.
+        """Publish the written tensors as the entry, unless another run has published it in the meantime.
 
         Raises:
             OSError: the disk failed.
@@ -105,7 +104,7 @@ class Entry:
         content = {"tensors": self._tensors(), "sha256": [files.sha256_of(path) for path in paths]}
         files.write_json(self.temporary / "entry.json", content)
         damaged = self.temporary.with_name(f"{self.temporary.name}-damaged")
-        for _ in range(10):  # other runs may put their entry there between any two of these steps
+        for _ in range(10):  # another run may publish its entry between any two of these steps
             try:
                 files.publish(self.temporary, self.path)
                 return
@@ -125,10 +124,10 @@ class Entry:
         files.remove_temporary(self.temporary)
 
     def open(self) -> tuple[Tensor, ...]:
-        """Its tensors, mapped from the files, not loaded. Writing to them changes no file.
+        """The tensors, mapped from the files and not loaded; writing to them does not change the files.
 
-        A file that is cut short while it is mapped ends the process (SIGBUS) when the missing part is read; sizes are
-        checked here, so that only a cut after this call can do so.
+        A file that is cut while it is mapped ends the process (SIGBUS) when the missing part is read. Sizes are checked
+        here, so this can happen only to a file that is cut later.
 
         Raises:
             OSError: a file is missing, or has another size.
@@ -136,9 +135,11 @@ class Entry:
         return self._map(self.path, shared=False)
 
     def _tensors(self) -> list:
+        """Shapes and types for entry.json."""
         return [[list(shape), str(dtype)] for shape, dtype in self.like]
 
     def _map(self, folder: Path, *, shared: bool) -> tuple[Tensor, ...]:
+        """Map the files in a folder; `shared`: writing to the tensors changes the files."""
         found = []
         for number, (shape, dtype) in enumerate(self.like):
             path, expected = folder / f"{number}.bin", dtype.itemsize * math.prod(shape)

@@ -1,6 +1,6 @@
-"""Fewer, faster operations for a frozen network: BatchNorm folded into convolutions; on a CPU, more fused into them.
+"""Fold BatchNorm into convolutions; on a CPU, also fuse sums and activations into them.
 
-Works on copies of fx graphs, in eval mode, which give the same features up to rounding.
+Both work on copies of fx graphs in eval mode, and return the same features up to rounding.
 """
 
 import operator
@@ -18,15 +18,18 @@ from trainer.model.freezing import lock_eval
 
 _ADD = (operator.add, operator.iadd, torch.add)
 _RELU = ("relu", [])
-# What follows a convolution → its name and scalars in oneDNN's operators.
+# An activation after a convolution → its name and scalars in oneDNN's operators.
 _ACTIVATIONS = {nn.ReLU: _RELU, functional.relu: _RELU, torch.relu: _RELU}
 _ACTIVATIONS |= {nn.ReLU6: ("hardtanh", [0.0, 6.0]), nn.SiLU: ("swish", [])}
 
 
 def folded_copy(trunk: nn.Module) -> tuple[fx.GraphModule, int]:
-    """A copy of a frozen module with BatchNorm folded into the convolutions before it, and how many were.
+    """A copy of a frozen module with each BatchNorm folded into the convolution before it.
 
     W' = γ / √(σ² + ε) · W, b' = γ / √(σ² + ε) · (b − μ) + β (Jacob et al., 2018, https://arxiv.org/abs/1712.05877).
+
+    Returns:
+        The copy, and the number of BatchNorms that were folded.
     """
     copy = deepcopy(fx.symbolic_trace(trunk))
     modules: dict[Any, Any] = dict(copy.named_modules())
@@ -50,9 +53,13 @@ def folded_copy(trunk: nn.Module) -> tuple[fx.GraphModule, int]:
 
 
 class _FusedConv(nn.Module):
-    """A convolution by oneDNN, which also adds another tensor and applies an activation.
+    """A convolution of oneDNN that also adds another tensor and applies an activation.
 
-    Its weight is in the order that oneDNN wants for inputs of `shape`; else each call would bring it there.
+    Args:
+        conv: the convolution.
+        shape: shape of its input. Its weight is stored in the order that oneDNN uses for it, so that calls need not
+            reorder it.
+        activation: name and scalars of oneDNN's activation; None: none.
     """
 
     def __init__(self, conv: nn.Conv2d, shape: torch.Size, activation: tuple[str, list[float]] | None):
@@ -70,13 +77,17 @@ class _FusedConv(nn.Module):
 
 
 def fuse_convolutions(module: fx.GraphModule, sample: Tensor) -> int:
-    """Let each convolution of a frozen module do the sum and the activation after it; gives how many convolutions do.
+    """Fuse the sum and the activation after each convolution of a frozen module into the convolution, in place.
 
-    What `torch.compile` does to them on a CPU (torch/_inductor/fx_passes/mkldnn_fusion.py), without half a minute of
-    compiling. The operators are private: compare what comes out.
+    `torch.compile` does the same on a CPU (torch/_inductor/fx_passes/mkldnn_fusion.py), but takes half a minute. The
+    operators are private to torch, so the features should be compared.
 
     Args:
-        sample: a few images as the module gets them; their number need not be that of later batches.
+        module: is changed.
+        sample: a few images as the module takes them; later batches may have another number of images.
+
+    Returns:
+        The number of convolutions with something fused into them.
     """
     ShapeProp(module).propagate(sample)
     modules: dict[Any, Any] = dict(module.named_modules())
@@ -95,7 +106,7 @@ def fuse_convolutions(module: fx.GraphModule, sample: Tensor) -> int:
             others = [value for value in others if _shape(value) == _shape(node)]
             end = after if others else end
         activation = _ACTIVATIONS.get(kind(after)) if (after := then(end)) is not None else None
-        if others and activation is not _RELU:  # the only one that goes with a sum
+        if others and activation is not _RELU:  # the only activation that oneDNN combines with a sum
             activation = None
         end = end if activation is None or after is None else after
         conv, name = _FusedConv(modules[node.target], _shape(images), activation), f"fused_{number}"
