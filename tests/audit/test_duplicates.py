@@ -81,3 +81,13 @@ def test_many_copies_do_not_hide_each_other():
     found = duplicates(looks, near, range(90), train=75)
     assert len({one.image for one in found if one.image >= 60}) == 29
     assert sum(one.of < 75 <= one.image for one in found) >= 10
+
+
+def test_a_copy_in_training_counts_before_a_nearer_one_in_validation():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(40, 64, generator=generator)
+    features[30] = features[0] + 0.05 * torch.randn(64, generator=generator)
+    features[31] = features[30] + 0.01 * torch.randn(64, generator=generator)
+    looks = [Print(bytes([index]), bytes(16), (3, 8, 8)) for index in range(40)]
+    found = duplicates(looks, Neighbours.of(features), range(40), train=30)
+    assert sorted((one.image, one.of) for one in found) == [(30, 0), (31, 0)]
