@@ -118,7 +118,7 @@ def test_home_is_found_in_every_path(tmp_path, monkeypatch):
         (["--augment", "mixup"], "invalid choice 'mixup' for argument '--augment'"),
         (["--weights-match", "size"], "invalid choice 'size'"),
         (["--epochs", "0"], "error: --epochs is 0; expected at least 1.\n"),
-        (["--lr", "nan"], "error: --lr is nan; expected more than 0"),
+        (["--lr", "nan"], "error: --lr is nan; expected a finite number, more than 0"),
         (["--augment", "none", "--views", "4"], "error: --views 4 needs views that differ, and --augment none makes"),
         (["--momentum", "0.5"], "error: --momentum has no effect with --optimizer adamw. Omit one of them.\n"),
         (["--weights-rename", "a", "b", "c"], "error: --weights-rename is ('a', 'b', 'c'); expected pairs of names"),
@@ -186,7 +186,7 @@ def test_bounds_hold_for_the_settings_of_a_file(tmp_path, capsys):
     path.write_text("optim: {lr: .nan}")
     with pytest.raises(SystemExit):
         parsed("--config", path)
-    assert "--lr is nan; expected more than 0" in capsys.readouterr().err
+    assert "--lr is nan; expected a finite number, more than 0" in capsys.readouterr().err
     assert parsed("--config", path, "--lr", "1").optim.lr == 1, "a flag overrides it"
 
 

@@ -390,7 +390,8 @@ def check_bounds(config: Config) -> None:
             value = getattr(getattr(config, group), name)
             for bounds in getattr(hint, "__metadata__", ()):
                 if isinstance(bounds, Bounds) and value not in (None, "auto") and value not in bounds:
-                    raise UsageError(f"{flag(name)} is {value}; expected {bounds}.")
+                    finite = "a finite number, " if isinstance(value, float) and not math.isfinite(value) else ""
+                    raise UsageError(f"{flag(name)} is {value}; expected {finite}{bounds}.")
     if len(config.weights.weights_rename) % 2:
         names = config.weights.weights_rename
         raise UsageError(f"--weights-rename is {names}; expected pairs of names: OLD NEW.")
