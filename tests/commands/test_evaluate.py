@@ -63,7 +63,7 @@ def test_a_difference_is_said(digits_run, tmp_path, capsys):
     checkpoint.write(tmp_path / "x.pt", state)
     evaluate(Evaluate(str(tmp_path / "x.pt")))
     text = capsys.readouterr().out
-    assert "trained accuracy 0.5, loss 5." in text
+    assert "trained accuracy 0.5, loss " in text
     assert "differs: trained on cpu, evaluated on" in text
 
 

@@ -76,7 +76,7 @@ def test_a_run_says_what_it_holds_and_what_it_was_trained_with(digits_run, capsy
     assert "2 tensors, 5,130 values" in text
     assert "trains  f32          10×512  fc.weight\ntrains  f32              10  fc.bias\n" in text
     assert "conv1" not in text
-    assert "optimizer adamw, lr 0.1" in text
+    assert "optimizer adamw, lr 0.01" in text
     found = report(capsys, str(digits_run))
     assert found["config"] == checkpoint.read(digits_run / "checkpoints" / "best.pt")["config"]
     assert found["image_size"] == 64

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from launching import ROOT, search_path
 
 # Other packages are imported before: they know these systems themselves.
@@ -58,6 +59,7 @@ def _run(system: str, program: str, *arguments: str, cwd):
     return subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=200)
 
 
+@pytest.mark.slow
 def test_a_mac_trains_with_one_process(tmp_path):
     options = ["--image-size", "32", "--lr", "0.1", "--epochs", "1", "--output", "run", "--cache-dir", "kept"]
     options += ["--workers", "1"]
@@ -68,6 +70,7 @@ def test_a_mac_trains_with_one_process(tmp_path):
     assert list((tmp_path / "kept").rglob("entry.json"))
 
 
+@pytest.mark.slow
 def test_windows_trains_resumes_and_verifies_with_one_process(tmp_path):
     train = (str(ROOT / "train.py"), "--image-size", "32", "--lr", "0.1", "--output", "run")
     for epochs, more in ((1, []), (2, ["--resume", "auto"])):
