@@ -127,7 +127,7 @@ def lines_of(path) -> list[dict]:
 def test_the_numbers_of_a_classifier_are_those_of_scikit_learn(digits_run, tmp_path, capsys):
     metrics = pytest.importorskip("sklearn.metrics")
     found = evaluate(
-        Evaluate(str(digits_run), json=str(tmp_path / "x.json"), csv=str(tmp_path / "x.csv"), threshold=0.5)
+        Evaluate(str(digits_run), json=str(tmp_path / "x.json"), csv=str(tmp_path / "x.csv"), threshold=0.2)
     )
     assert json.loads((tmp_path / "x.json").read_text()) == found
     rows = lines_of(tmp_path / "x.csv")
@@ -147,7 +147,7 @@ def test_the_numbers_of_a_classifier_are_those_of_scikit_learn(digits_run, tmp_p
     assert [found["classes"][name]["f1"] for name in names] == pytest.approx(
         metrics.f1_score(labels, said, labels=names, average=None, zero_division=0)
     )
-    sure = shares.max(1) >= 0.5
+    sure = shares.max(1) >= 0.2
     above = found["above_threshold"]
     assert (above["images"], above["coverage"]) == (sure.sum(), sure.sum() / 359)
     assert above["accuracy"] == pytest.approx(np.mean(np.array(labels)[sure] == np.array(said)[sure]))
