@@ -207,7 +207,7 @@ def _write_program(loaded: Loaded, file: Path, cases: list[Case], raw: bool) -> 
 
 
 def _write_onnx(loaded: Loaded, file: Path, cases: list[Case], raw: bool) -> Callable[[Tensor], Tensor]:
-    import onnxruntime  # optional: the extra [onnx]
+    import onnxruntime  # pyright: ignore[reportMissingImports]  # optional: the extra [onnx]
 
     size = sum(value.nbytes for value in loaded.model.state_dict().values())
     names: dict[str, Any] = {"input_names": ["images"], "output_names": ["logits"]}

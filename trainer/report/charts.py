@@ -105,7 +105,7 @@ def place(features: np.ndarray) -> tuple[np.ndarray, str]:
     method = f"the first two principal components, {percent(share)} of the variance"
     if 10 <= len(found) <= _TSNE_AT_MOST and sizes[0] > 0:
         try:
-            from sklearn.manifold import TSNE
+            from sklearn.manifold import TSNE  # pyright: ignore[reportMissingImports]  # optional
         except ImportError:
             pass
         else:
