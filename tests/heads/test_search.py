@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import DataError, UsageError
-from trainer.heads.grid import Course, HeadSetting
+from trainer.heads.grid import Course, HeadSetting, default_settings
 from trainer.heads.search import choose, pooled, search_head
 
 SAMPLES = 60
@@ -39,7 +39,7 @@ def tail(size: int) -> nn.Linear:
 
 def test_it_finds_a_head_and_can_be_written_and_read():
     x, labels = data(5)
-    found = search_head(x, labels, tail(5), COURSE, classes=3, epochs=(4,))
+    found = search_head(x, labels, tail(5), COURSE, classes=3, settings=default_settings(x, epochs=(4,)))
     assert found.accuracy > 0.9
     assert found.ridge > 0.9
     assert found.knn > 0.9
@@ -48,12 +48,12 @@ def test_it_finds_a_head_and_can_be_written_and_read():
     assert json.loads(json.dumps(found.to_dict(), allow_nan=False)) == found.to_dict()
     assert str(found).startswith(f"lr {found.setting.lr:.3g}, weight decay")
     assert "\n" not in str(found)
-    assert search_head(x, labels, tail(5), COURSE, classes=3, epochs=(4,)) == found
+    assert search_head(x, labels, tail(5), COURSE, classes=3, settings=default_settings(x, epochs=(4,))) == found
 
 
 def test_processes_share_the_settings():
     x, labels = data(5)
-    run = partial(search_head, x, labels, tail(5), COURSE, classes=3, epochs=(2,))
+    run = partial(search_head, x, labels, tail(5), COURSE, classes=3, settings=default_settings(x, epochs=(2,)))
     parts: list[list[dict]] = []
 
     def note(rows: list[dict]) -> list[list[dict]]:
@@ -108,7 +108,7 @@ def test_a_setting_that_diverges_harms_no_other():
 def test_maps_are_searched_and_pooled_for_what_needs_no_training():
     x, labels = data(4, 3, 3)
     maps = nn.Sequential(nn.Conv2d(4, 3, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    found = search_head(x, labels, maps, COURSE, classes=3, epochs=(3, 5))
+    found = search_head(x, labels, maps, COURSE, classes=3, settings=default_settings(x, epochs=(3, 5)))
     assert len(found.table) == 2 * 15
     assert {row["epochs"] for row in found.table} == {3, 5}
     assert pooled((x, x.flatten(1)), 20).shape == (20, 4 + 36)
@@ -118,7 +118,7 @@ def test_without_dropout_a_tail_is_searched_as_one_that_has_none():
     x, labels = data(5)
     layer = tail(5)
     dropping = nn.Sequential(nn.Dropout(0.9), layer)
-    run = partial(search_head, x, labels, course=COURSE, classes=3, epochs=(3,))
+    run = partial(search_head, x, labels, course=COURSE, classes=3, settings=default_settings(x, epochs=(3,)))
     bare = run(layer).table
     assert run(dropping, dropout=False).table == bare
     assert run(dropping).table != bare
@@ -128,8 +128,8 @@ def test_without_dropout_a_tail_is_searched_as_one_that_has_none():
 def test_what_cannot_be_searched():
     x, labels = data(5)
     with pytest.raises(UsageError, match="folds is 1"):
-        search_head(x, labels, tail(5), COURSE, classes=3, folds=1)
+        search_head(x, labels, tail(5), COURSE, classes=3, settings=default_settings(x), folds=1)
     with pytest.raises(UsageError, match="no settings"):
         search_head(x, labels, tail(5), COURSE, classes=3, settings=[])
     with pytest.raises(DataError, match="not finite"):
-        search_head(x * torch.nan, labels, tail(5), COURSE, classes=3)
+        search_head(x * torch.nan, labels, tail(5), COURSE, classes=3, settings=default_settings(x))

@@ -92,5 +92,5 @@ def features_of(
         for name, dataset in datasets.items():
             batches = [*torch.arange(len(dataset)).split(_BATCH)]
             source = features.open(name).batches([batch.tolist() for batch in batches], epoch=0)
-            found += [inputs[0].float() for batch in source for inputs in [batch["inputs"]]]
+            found += [batch["inputs"][0].float() for batch in source]
     return torch.cat(found)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_ROWS = 1024  # images at a time: their similarities to 10⁵ others take 400 MB
+from trainer.heads.knn import similarities
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,10 +32,7 @@ class Neighbours:
         features = features.float()
         bank = F.normalize(features - features.mean(dim=0) if centred else features)
         k, index, distance = min(k, len(bank) - 1), [], []
-        for first in range(0, len(bank), _ROWS):
-            similar = bank[first : first + _ROWS] @ bank.T  # [B, N]
-            rows = torch.arange(len(similar), device=bank.device)
-            similar[rows, rows + first] = -torch.inf
+        for _, similar in similarities(bank, bank, leave=True):
             top = similar.topk(k, dim=1)
             index.append(top.indices.cpu())
             distance.append((2 - 2 * top.values.cpu()).clamp(min=0).sqrt())

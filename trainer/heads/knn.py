@@ -3,7 +3,7 @@
 Similarity is the cosine. Features that are zero are similar to nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,14 +32,10 @@ def knn_accuracy(
     ks = [k for k in ks if k <= len(features) - leave]
     if not ks:
         return {}
-    wanted, truth = (features, labels) if queries is None else queries
     bank, classes = F.normalize(features.float()), int(labels.max()) + 1
+    wanted, truth = (bank, labels) if queries is None else (F.normalize(queries[0].float()), queries[1])
     right = torch.zeros(len(ks), dtype=torch.int64, device=bank.device)
-    for first in range(0, len(wanted), _ROWS):
-        similar = F.normalize(wanted[first : first + _ROWS].float()).to(bank.device) @ bank.T  # [B, N]
-        if leave:
-            rows = torch.arange(len(similar), device=bank.device)
-            similar[rows, rows + first] = -torch.inf
+    for first, similar in similarities(wanted, bank, leave=leave):
         top, near = similar.topk(max(ks), dim=1)  # [B, K]
         votes = F.one_hot(labels[near], classes).float()  # [B, K, C]
         weighed = votes * (top[:, :, None] + 2)  # 1 to 3 a vote: only the sum of one k's votes is compared
@@ -49,3 +45,21 @@ def knn_accuracy(
             chosen = torch.where(leaders, sums, -1.0).argmax(dim=1)
             right[place] += (chosen == truth[first : first + len(chosen)].to(chosen.device)).sum()
     return {k: value / len(wanted) for k, value in zip(ks, right.tolist(), strict=True)}
+
+
+def similarities(queries: Tensor, bank: Tensor, *, leave: bool) -> Iterator[tuple[int, Tensor]]:
+    """The cosines of queries `[M, D]` and a bank `[N, D]`, all of length 1, for a block of queries at a time.
+
+    Args:
+        queries: the bank itself, if `leave`. bank: on the device that computes.
+        leave: whether each query is left out of its own neighbours: then that cosine is -inf.
+
+    Yields:
+        The place of the first query of the block, and `[B, N]`.
+    """
+    for first in range(0, len(queries), _ROWS):
+        similar = queries[first : first + _ROWS].to(bank.device) @ bank.T
+        if leave:
+            rows = torch.arange(len(similar), device=bank.device)
+            similar[rows, rows + first] = -torch.inf
+        yield first, similar

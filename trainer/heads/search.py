@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.errors import DataError, UsageError
-from trainer.heads.grid import Course, HeadSetting, Trained, default_settings, fold_of, train_heads
+from trainer.heads.grid import Course, HeadSetting, Trained, fold_of, train_heads
 from trainer.heads.knn import knn_accuracy
 from trainer.heads.ridge import ridge
 from trainer.heads.stack import Inputs, without_dropout
@@ -80,9 +80,7 @@ def search_head(
     course: Course,
     *,
     classes: int,
-    epochs: Sequence[int] = (10,),
-    label_smoothing: float = 0.0,
-    settings: Sequence[HeadSetting] | None = None,
+    settings: Sequence[HeadSetting],
     folds: int = 5,
     seed: int = 0,
     dropout: bool = True,
@@ -96,8 +94,7 @@ def search_head(
     Args:
         inputs, labels, tail, course, memory: see `grid.train_heads`.
         classes: C.
-        epochs: lengths of run to compare. label_smoothing: of all settings of the default grid.
-        settings: to compare; None: `grid.default_settings` of the first input.
+        settings: to compare, such as `grid.default_settings` of the first input.
         folds: K, 2 at least; not more than there are samples.
         seed: of the folds.
         dropout: False: train without the tail's. On maps its random numbers cost more than the heads.
@@ -111,16 +108,13 @@ def search_head(
     inputs = (inputs,) if isinstance(inputs, Tensor) else inputs
     if folds < 2:
         raise UsageError(f"folds is {folds}: expected at least 2.")
-    if settings is not None and not settings:
+    if not settings:
         raise UsageError("there are no settings to compare; expected at least one.")
     tail = tail if dropout else without_dropout(tail)
     every = math.ceil(len(labels) / _MOST)
     read, own = pooled(inputs, len(labels))[::every], labels[::every]
     linear = ridge(read, own, classes=classes)
     near = knn_accuracy(read, own)
-    if settings is None:
-        options = {"epochs": epochs, "label_smoothing": label_smoothing}
-        settings = default_settings(inputs[0], optimizer=course.optimizer, **options)
     parts = fold_of(labels, folds, seed=seed)
     mine = [*enumerate(settings)][rank::ranks]
     options = {"tail": tail, "course": course, "folds": parts, "memory": memory}
@@ -164,10 +158,10 @@ def choose(table: Sequence[Row]) -> int:
     def smooth(place: int) -> float:
         row = table[place]
         same = [r for r in table if (r["weight_decay"], r["epochs"]) == (row["weight_decay"], row["epochs"])]
-        by_rate = [r["accuracy"] for r in sorted(same, key=lambda r: r["lr"])]
-        middle = sorted(r["lr"] for r in same).index(row["lr"])
-        around = by_rate[max(middle - 1, 0) : middle + 2]
-        return (by_rate[middle] + sum(around)) / (1 + len(around))
+        same.sort(key=lambda r: r["lr"])
+        middle = [r["lr"] for r in same].index(row["lr"])
+        around = [r["accuracy"] for r in same[max(middle - 1, 0) : middle + 2]]
+        return (same[middle]["accuracy"] + sum(around)) / (1 + len(around))
 
     return max(finite, key=lambda place: (smooth(place), -table[place]["nll"]))
 

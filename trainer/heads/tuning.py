@@ -17,10 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.config import Config, OptimConfig, to_dict
 from trainer.data.sampling import kept_randomness, random_key
-from trainer.errors import UsageError
+from trainer.heads import stack
 from trainer.heads.grid import Course, default_settings
 from trainer.heads.search import Choice, search_head
-from trainer.heads.stack import Inputs, stack
+from trainer.heads.stack import Inputs
 from trainer.processes.together import gather, on_main, print_main
 from trainer.run.folder import Run
 from trainer.storage import files
@@ -105,11 +105,8 @@ def obstacle(loop: Trainer, train: CachedFeatures, optim: OptimConfig) -> str:
         return "the recipe's learning rate does not depend on --lr"
     if not _is_cross_entropy(loop, tail, train):
         return "the recipe has a loss of its own"
-    try:
-        stack(tail, torch.ones(1), tuple(tensor[:1] for tensor in train.inputs))
-    except UsageError as error:
-        return str(error)
-    return ""
+    reason = stack.obstacle(tail)
+    return f"the heads cannot be compared: {reason}." if reason else ""
 
 
 def search(loop: Trainer, train: CachedFeatures, optim: OptimConfig, between: Callable[[], Any]) -> Choice | None:
