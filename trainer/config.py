@@ -288,6 +288,11 @@ def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     return stored
 
 
+def flat(stored: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The settings of the stored form without their groups: by name."""
+    return {name: value for group in stored.values() for name, value in group.items()}
+
+
 def from_dict(stored: Mapping[str, Any], source: str) -> Config:
     """The settings of a checkpoint; what it lacks has its default. Settings are found by name, whatever their group.
 
@@ -301,7 +306,7 @@ def from_dict(stored: Mapping[str, Any], source: str) -> Config:
     for group, values in stored.items():
         if not isinstance(values, Mapping):
             raise UsageError(f"{source}: {group} holds {reprlib.repr(values)}; expected settings.")
-    settings = {_FORMER.get(name, name): value for group in stored.values() for name, value in group.items()}
+    settings = {_FORMER.get(name, name): value for name, value in flat(stored).items()}
     if "model" not in settings:
         raise UsageError(f"{source} name no model.")
     return update(Config(), {n: v for n, v in settings.items() if n in GROUP_OF and n not in START}, source)

@@ -58,6 +58,13 @@ def check_least(least: int, **given: int | None) -> None:
             raise UsageError(f"{name} is {value}: expected at least {least}.")
 
 
+def check_probability(**given: float | None) -> None:
+    """Raise UsageError for the first number that is not from 0 to 1; None is allowed."""
+    for name, value in given.items():
+        if value is not None and not 0 <= value <= 1:
+            raise UsageError(f"{name} is {value}: expected a probability, 0 to 1.")
+
+
 def exit_code(error: BaseException) -> int:
     """The exit code of a program that an error ends: its `exit_code`, 74 (`EX_IOERR`) for an OSError, or 1."""
     return getattr(error, "exit_code", 74 if isinstance(error, OSError) else 1)

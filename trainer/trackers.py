@@ -11,6 +11,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, GeneralTracker, TensorBoar
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from trainer.config import flat
 from trainer.storage import files
 from trainer.trainer import Trainer
 
@@ -91,8 +92,7 @@ def add_picture(tracker: Any, picture: Tensor, *, step: int) -> None:
 
 def _flat(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Settings without their groups, in types that all trackers take."""
-    values = {name: value for group in settings.values() for name, value in group.items()}
-    return {name: " ".join(value) if isinstance(value, list) else value for name, value in values.items()}
+    return {name: " ".join(value) if isinstance(value, list) else value for name, value in flat(settings).items()}
 
 
 def _known_runs(folder: Path) -> dict[str, str]:

@@ -93,8 +93,7 @@ def _config(command: Audit) -> tuple[Config, Path]:
             raise UsageError("an audit needs --data FOLDER or --run RUN.")
         return cli.parse(arguments=[f"{settings.flag(name)}={value}" for name, value in given.items()]), Path()
     path = loading.find(command.run)
-    home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    return settings.replace(from_dict(loading.read(path)["config"], str(path)), **given), home
+    return settings.replace(from_dict(loading.read(path)["config"], str(path)), **given), loading.home_of(path)
 
 
 def _text(data: Data, classifier: Classifier, found: list[Finding], table: str, marked: int) -> str:

@@ -6,7 +6,6 @@ import os
 import platform
 from dataclasses import dataclass
 from functools import partial
-from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -25,11 +24,11 @@ from trainer.config import SpeedConfig, from_dict
 from trainer.data.images import Images
 from trainer.data.loader import KeyedDataset, Workers
 from trainer.data.sampling import BatchPlan
-from trainer.errors import UsageError, check_least
+from trainer.errors import UsageError, check_least, check_probability
 from trainer.metrics import Totals, means
 from trainer.model.split import split_model
 from trainer.processes.startup import precision, start
-from trainer.processes.together import gather, main_first, on_main, print_main
+from trainer.processes.together import gather, main_first, on_main, print_main, versions
 from trainer.recipes import Recipe, load_recipe
 from trainer.steps import Batch
 from trainer.trunk.features import Features
@@ -67,8 +66,7 @@ def evaluate(command: Evaluate) -> dict[str, Any]:
         OSError: a file cannot be written; before the work, if that can be known then.
     """
     check_least(0, workers=command.workers)
-    if command.threshold is not None and not 0 <= command.threshold <= 1:
-        raise UsageError(f"threshold is {command.threshold}: expected a probability, 0 to 1.")
+    check_probability(threshold=command.threshold)
     path, recipe = loading.find(command.run), load_recipe(command.recipe)
     about = loading.read(path)
     compute, config = about["compute"], from_dict(about["config"], str(path))
@@ -122,7 +120,7 @@ def _evaluated(
 ) -> _Evaluated:
     """Evaluate a model as in its training (a collective)."""
     about, recipe = loaded.about, loaded.recipe
-    compute, config = about["compute"], from_dict(about["config"], str(loaded.path))
+    compute, config = about["compute"], loaded.config
     normalize = loaded.transform.normalize
     sample = normalize(dataset.some(8).to(accelerator.device))
     parts = split_model(loaded.model, sample[:1])
@@ -177,7 +175,6 @@ def _result(command: Evaluate, given: _Evaluated, on: Opened, accelerator: Accel
     """What was evaluated, and all numbers that apply."""
     loaded, rows, answers = given.loaded, given.rows, given.answers
     about, label, outputs = loaded.about, rows["label"], rows.get("outputs")
-    packages = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
     result: dict[str, Any] = {
         "run": command.run,
         "checkpoint": str(loaded.path),
@@ -190,7 +187,7 @@ def _result(command: Evaluate, given: _Evaluated, on: Opened, accelerator: Accel
         "device": accelerator.device.type,
         "precision": precision(accelerator),
         "processes": accelerator.num_processes,
-        "versions": {"python": platform.python_version(), **packages},
+        "versions": {"python": platform.python_version(), **versions()},
         "all": given.metrics,
         "classes": _per_class(rows, loaded.classes),
     }

@@ -36,6 +36,7 @@ from trainer.commands.loaded import (
     Loaded,
     digest,
     find,
+    home_of,
     load_frozen,
     load_merged,
     print_differences,
@@ -43,7 +44,6 @@ from trainer.commands.loaded import (
 )
 from trainer.commands.model_card import model_card
 from trainer.commands.opened import open_images
-from trainer.config import from_dict
 from trainer.data.datasets import Digits
 from trainer.data.transforms import LONGEST, InputSpec
 from trainer.errors import DataError, UsageError
@@ -72,7 +72,7 @@ def export(command: Export) -> Path:
     path = find(command.run)
     if path.name in FORMATS.values():
         raise UsageError(f"{path} is an export itself; expected a run or a checkpoint.")
-    home = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    home = home_of(path)
     folder = Path(os.path.expanduser(command.output)).resolve() if command.output else home / "export"
     taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken and not (command.overwrite and (folder / ABOUT).is_file()):
@@ -132,7 +132,7 @@ def _check_formats(formats: tuple[str, ...]) -> None:
 
 def _sample(loaded: Loaded) -> tuple[list[Tensor], str]:
     """Four images of the run's validation, else digits, or noise for a model of other images; and their name."""
-    images, data = None, from_dict(loaded.about["config"], str(loaded.path)).data
+    images, data = None, loaded.config.data
     here = (os.path.isdir(os.path.expanduser(folder)) for folder in (data.data, data.data_root))
     if data.data.lower() == "digits" or os.path.exists(data.data) or any(here):  # else it would be downloaded
         with suppress(ValueError, OSError):
@@ -189,8 +189,7 @@ def _plain_copy(loaded: Loaded) -> nn.Module:
     """The same module with other values, in eval mode: torchvision's, or that of the recipe."""
     if loaded.builder is not None:
         return stock(loaded.builder).eval()
-    config = from_dict(loaded.about["config"], str(loaded.path))
-    return loaded.recipe.classifier(config, loaded.classes).model.eval()
+    return loaded.recipe.classifier(loaded.config, loaded.classes).model.eval()
 
 
 def _write_npz(loaded: Loaded, file: Path, cases: list[Case], raw: bool) -> nn.Module:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision import models
 
-from trainer.config import from_dict
+from trainer.config import Config, from_dict
 from trainer.data.images import to_rgb
 from trainer.data.transforms import InputSpec
 from trainer.errors import CheckpointError, UsageError, first_sentence
@@ -64,6 +64,11 @@ class Loaded:
     about: dict[str, Any]
     path: Path
     recipe: Recipe = field(default_factory=Recipe)
+
+    @property
+    def config(self) -> Config:
+        """The settings of the run."""
+        return from_dict(self.about["config"], str(self.path))
 
     @torch.no_grad()
     def __call__(self, *images: AnyImage | Iterable[AnyImage], top: int = 3) -> list[dict[str, Any]]:
@@ -257,6 +262,11 @@ def find(run_or_file: str | os.PathLike[str]) -> Path:
         what = "holds neither checkpoints nor an exported model" if path.is_dir() else "does not exist"
         raise UsageError(f"{path} {what}; expected a run such as runs/photos-resnet50, a checkpoint, or an export.")
     return newest
+
+
+def home_of(path: Path) -> Path:
+    """The folder of the run that a checkpoint is of; that of the file itself, if it is in no run."""
+    return path.parent.parent if path.parent.name == "checkpoints" else path.parent
 
 
 def is_export(path: Path) -> bool:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from trainer.commands.loaded import Loaded
-from trainer.config import DataConfig, from_dict
+from trainer.config import DataConfig
 from trainer.data.bad_images import without
 from trainer.data.content import content, shared
 from trainer.data.files import Decoded
@@ -46,7 +46,7 @@ def open_images(loaded: Loaded, data: str | None = None) -> Opened:
     Raises:
         UsageError, DataError: as the recipe's `images` or `load_test` raise them; or the classes are not the run's.
     """
-    config, recipe = from_dict(loaded.about["config"], str(loaded.path)), loaded.recipe
+    config, recipe = loaded.config, loaded.recipe
     place = replace(config.data, data=data or config.data.data)
     own_images = data is None or recipe.images is not Recipe().images
     try:
@@ -83,14 +83,13 @@ def open_images(loaded: Loaded, data: str | None = None) -> Opened:
 
 def dataset_of(loaded: Loaded, images: Images) -> KeyedDataset:
     """Images under the recipe's transform for evaluation."""
-    config = from_dict(loaded.about["config"], str(loaded.path))
-    return KeyedDataset(images, loaded.recipe.transforms(config.data, loaded.input)[1], seed=0)
+    return KeyedDataset(images, loaded.recipe.transforms(loaded.config.data, loaded.input)[1], seed=0)
 
 
 def trained_on(loaded: Loaded, images: Images) -> int | None:
     """How many of some images a run was trained on; None if its own images are not there any more, or no files."""
     try:
-        parts = _parts(loaded, from_dict(loaded.about["config"], str(loaded.path)).data)
+        parts = _parts(loaded, loaded.config.data)
         comparable = (images.path(0) is None) == (parts.train.path(0) is None)
         return len(shared(images, parts.train)) if comparable and not _difference(loaded, parts) else None
     except (UsageError, DataError, OSError):
@@ -99,8 +98,7 @@ def trained_on(loaded: Loaded, images: Images) -> int | None:
 
 def _parts(loaded: Loaded, config: DataConfig) -> Data:
     """The images as the run split them, without those that it left out."""
-    seed = from_dict(loaded.about["config"], str(loaded.path)).run.seed
-    found = loaded.recipe.images(config, seed=seed)
+    found = loaded.recipe.images(config, seed=loaded.config.run.seed)
     skipped = (loaded.about.get("data") or {}).get("skipped", [[], []])
     train, val = (without(part, keys) for part, keys in zip(found, skipped, strict=True))
     return Data(train, val, config.data, skipped)

@@ -22,7 +22,7 @@ from trainer.commands.arguments import Predict
 from trainer.commands.loaded import Loaded, load
 from trainer.commands.text import columns, shorten
 from trainer.data.images import EXTENSIONS, left_by_programs, printable
-from trainer.errors import DataError, UsageError, check_least, first_sentence
+from trainer.errors import DataError, UsageError, check_least, check_probability, first_sentence
 from trainer.processes.cores import cores_here
 from trainer.processes.startup import start
 from trainer.processes.together import gather, main_first, on_main
@@ -42,8 +42,7 @@ def predict(command: Predict) -> None:
     """
     check_least(1, top=command.top, batch_size=command.batch_size)
     check_least(0, workers=command.workers)
-    if command.threshold is not None and not 0 <= command.threshold <= 1:
-        raise UsageError(f"threshold is {command.threshold}: expected a probability, 0 to 1.")
+    check_probability(threshold=command.threshold)
     accelerator = start()
     found = on_main(accelerator, find_images, command.paths)
     if not found:

@@ -1,8 +1,7 @@
 """A page about a run: `python -m trainer report`."""
 
 import json
-import sys
-from importlib.metadata import version
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from trainer.commands.opened import open_images
 from trainer.data.loader import BatchLoader, KeyedDataset
 from trainer.data.transforms import visible
 from trainer.processes.cores import cores_here
+from trainer.processes.together import versions
 from trainer.report import Facts, compare, render
 from trainer.report.heatmap import cam
 from trainer.storage import files
@@ -67,8 +67,7 @@ def _facts(run: str, command: Report) -> Facts:
         features=None if weight is None or maps is None else maps.mean((2, 3)),
         history=_history(home),
         settings=loaded.about["config"],
-        versions={name: version(name) for name in ("torch", "torchvision", "accelerate")}
-        | {"python": sys.version.split()[0]},
+        versions=versions() | {"python": platform.python_version()},
         command=f"accelerate launch --config_file FILE train.py --config {home.name}/config.yaml",
     )
 

@@ -99,6 +99,11 @@ def raise_together(accelerator: Accelerator, error: Exception | None) -> None:
             raise Elsewhere(rank, *other)
 
 
+def versions() -> dict[str, str]:
+    """Returns the versions of the libraries that compute, by name."""
+    return {name: version(name) for name in ("torch", "torchvision", "accelerate")}
+
+
 def assert_same(accelerator: Accelerator, **facts: Callable[[], str]) -> None:
     """Compares the versions of the libraries, and facts that every process must share (a collective).
 
@@ -107,8 +112,7 @@ def assert_same(accelerator: Accelerator, **facts: Callable[[], str]) -> None:
     """
     if accelerator.num_processes == 1:
         return
-    mine = {name: version(name) for name in ("torch", "torchvision", "accelerate")}
-    found = gather(accelerator, mine | {name: fact() for name, fact in facts.items()})
+    found = gather(accelerator, versions() | {name: fact() for name, fact in facts.items()})
     for name in found[0]:
         values = [others[name] for others in found]
         if len(set(values)) > 1:

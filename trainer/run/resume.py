@@ -9,12 +9,11 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 
 from trainer import config as settings
-from trainer.config import Config, default_name, flag, from_dict, to_dict
+from trainer.config import Config, default_name, flag, flat, from_dict, to_dict
 from trainer.errors import UsageError
 from trainer.processes.identity import Identity
 from trainer.processes.together import on_main, print_main
@@ -133,7 +132,7 @@ def _resumed(config: Config, state: checkpoint.State, source: Path | None) -> Co
     stored = from_dict(state["config"], f"the settings in {source}")
     again = {name for name in settings.given(config) if settings.get(config, name) != "auto"}  # it was found already
     new = settings.replace(stored, **{name: settings.get(config, name) for name in {*again, *settings.START}})
-    was, now = _flat(to_dict(stored)), _flat(to_dict(new))
+    was, now = flat(to_dict(stored)), flat(to_dict(new))
     for name in (name for name in now if now[name] != was[name]):
         if name in _FIXED and not (name in _OVERRIDABLE and config.run.override):
             other = "give --override as well" if name in _OVERRIDABLE else "start that run with --weights CHECKPOINT"
@@ -145,7 +144,3 @@ def _resumed(config: Config, state: checkpoint.State, source: Path | None) -> Co
     if "epochs" in again and now["epochs"] != was["epochs"] and now["schedule"] != "constant":
         print_main(f"        the {now['schedule']} schedule is stretched over {counted(now['epochs'], 'epoch')}")
     return new
-
-
-def _flat(stored: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {name: value for group in stored.values() for name, value in group.items()}
